@@ -176,7 +176,7 @@ def generalisation(
     check_number("tolerance", tolerance, low=0.0, high=1.0)
     check_number("num_probes", num_probes, low=2)
     test = HeldOut.of(test_kernel, test_targets, train)
-    shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator.statistics().diagonal)
+    shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator)
     how: dict[str, Any] = {"tol": tol, "seed": seed, "monitor": monitor, "ridges": shifts.tolist()}
     pairs, why = all_eigenpairs(operator, eigenpairs, budget, method, monitor)
     system = None if pairs is None or not pairs.is_whole else ByEigenpairs(operator, pairs, why)

@@ -122,7 +122,7 @@ def learning_curve(
     rows, width, count = train.rhs, train.width, operator.num_rows // train.width
     numbers = _sizes(sizes, count)
     check_number("num_subsets", num_subsets, low=2)
-    shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator.diagonal())
+    shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator)
     system, _ = all_eigenpairs(operator, eigenpairs, Budget.of(memory_limit), "exact", monitor)
     assert system is not None
     decides = {"sizes": numbers, "ridges": shifts.tolist(), "num_subsets": num_subsets, "seed": seed}

@@ -4,12 +4,11 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.errors import ConfigError, nearest
 
 
 def import_object(name: str, folder: Path | None = None) -> Any:
@@ -24,8 +23,7 @@ def import_object(name: str, folder: Path | None = None) -> Any:
         raise ConfigError(f"cannot import {module_name!r} of {name!r}{where}: {error!r}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            close = get_close_matches(part, dir(found), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = nearest(part, dir(found))
             raise ConfigError(f"module {module_name!r} has no {part!r} (asked for as {name!r}){hint}")
         found = getattr(found, part)
     return found

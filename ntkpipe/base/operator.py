@@ -54,36 +54,20 @@ class Operator(ABC):
     :meth:`storage_floor`.
     """
 
+    dtype = np.dtype(np.float64)  # of products
+    rows_per_sample: int | None = None  # S where K is a stored kernel; none where nobody knows
+    buffer_bytes = 0  # of tiles being read or used, beside those kept in memory
+
     def __init__(self, num_rows: int, storage_dtype: np.dtype[Any]) -> None:
-        self.num_rows = num_rows
+        self.num_rows, self.shape = num_rows, (num_rows, num_rows)
         self.storage_dtype = storage_dtype
         self._statistics: Statistics | None = None
         self.lowest: tuple[float, float] | None = None  # bounds of the smallest eigenvalue, once somebody found them
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(n, n)."""
-        return self.num_rows, self.num_rows
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """dtype of products, float64."""
-        return np.dtype(np.float64)
-
-    @property
-    def rows_per_sample(self) -> int | None:
-        """S, rows of each sample, where K is a stored kernel; None where nobody knows."""
-        return None
-
-    @property
     @abstractmethod
     def work(self) -> Work:
         """Work since the operator was created."""
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes of tiles being read or used, beside those kept in memory."""
-        return 0
 
     @abstractmethod
     def identity(self) -> str:
@@ -175,11 +159,11 @@ class Operator(ABC):
 
     def shifted(self, shift: float) -> "Operator":
         """Return a view ``K + shift I``."""
-        return self if shift == 0.0 else _Shifted(self, shift)
+        return self if shift == 0.0 else _Shifted(self, float(shift))
 
     def scaled(self, factor: float) -> "Operator":
         """Return a view ``factor K``."""
-        return self if factor == 1.0 else _Scaled(self, factor)
+        return self if factor == 1.0 else _Scaled(self, float(factor))
 
     def centred(self) -> "Operator":
         """Return a view ``H K H`` with H = I - 11'/n: the kernel of centred features."""
@@ -187,7 +171,9 @@ class Operator(ABC):
 
     def kronecker(self, num_outputs: int) -> "Operator":
         """Return a view ``K ⊗ I_O``: the kernel of O independent outputs, row = sample * O + output."""
-        return self if num_outputs == 1 else _Kronecker(self, num_outputs)
+        if num_outputs < 1:
+            raise ConfigError(f"kronecker({num_outputs}); needed at least one output")
+        return self if num_outputs == 1 else _Kronecker(self, num_outputs, self.num_rows * num_outputs)
 
     def leading(self, num_rows: int) -> "Operator":
         """Return a view of the leading block of ``num_rows`` rows and columns."""
@@ -212,23 +198,19 @@ class Operator(ABC):
 
 
 class _View(Operator):
-    """A matrix that is computed from another one, whose work it shares."""
+    """A matrix that is computed from another one, whose work it shares, and perhaps a number."""
 
-    def __init__(self, base: Operator, num_rows: int | None = None, number: float | None = None) -> None:
+    def __init__(self, base: Operator, number: Any = None, num_rows: int | None = None) -> None:
         super().__init__(num_rows or base.num_rows, base.storage_dtype)
-        self._base, self._numbers = base, () if number is None else (number,)
+        self._base, self._number, self.buffer_bytes = base, number, base.buffer_bytes
 
     def identity(self) -> str:
-        of = ", ".join([self._base.identity(), *map(str, self._numbers)])
+        of = self._base.identity() if self._number is None else f"{self._base.identity()}, {self._number}"
         return f"{type(self).__name__[1:].lower()}({of})"
 
     @property
     def work(self) -> Work:
         return self._base.work
-
-    @property
-    def buffer_bytes(self) -> int:
-        return self._base.buffer_bytes
 
     def storage_floor(self) -> float:
         return self._base.storage_floor()
@@ -259,10 +241,6 @@ class _Elementwise(_View):
 
 
 class _ByNumber(_Elementwise):
-    def __init__(self, base: Operator, number: float) -> None:
-        self._number = float(number)
-        super().__init__(base, number=self._number)
-
     def _leading(self, num_rows: int) -> Operator:
         return type(self)(self._base.leading(num_rows), self._number)
 
@@ -305,7 +283,7 @@ class _Scaled(_ByNumber):
         return Statistics(of_base.diagonal * self._number, of_base.frobenius * abs(self._number))
 
     def storage_floor(self) -> float:
-        return self._base.storage_floor() * abs(self._number)
+        return float(self._base.storage_floor() * abs(self._number))
 
     def require_range(self) -> None:
         if self.storage_dtype.itemsize > 4 or not 2.0**-50 <= abs(self._number) <= 2.0**50:
@@ -338,25 +316,19 @@ class _Centred(_Elementwise):
 
 
 class _Kronecker(_View):
-    def __init__(self, base: Operator, num_outputs: int) -> None:
-        if num_outputs < 1:
-            raise ConfigError(f"kronecker({num_outputs}); needed at least one output")
-        super().__init__(base, base.num_rows * num_outputs, num_outputs)
-        self._num_outputs = num_outputs
-
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         # Rows of a sample are adjacent, so its outputs become adjacent columns.
         return self._base.matmat(block.reshape(self._base.num_rows, -1)).reshape(block.shape)
 
     def _columns(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
-        samples, outputs = np.divmod(indices, self._num_outputs)
+        samples, outputs = np.divmod(indices, self._number)
         of_base = self._base.columns(samples)
-        found = np.zeros((self._base.num_rows, self._num_outputs, len(indices)))
+        found = np.zeros((self._base.num_rows, self._number, len(indices)))
         found[:, outputs, np.arange(len(indices))] = of_base
         return found.reshape(self.num_rows, len(indices))
 
     def _block(self, rows: slice, columns: slice) -> NDArray[np.float64]:
-        size = self._num_outputs
+        size = self._number
         inner = [slice(run.start // size, -(-run.stop // size)) for run in (rows, columns)]
         of_base = self._base.block(*inner)
         found = np.zeros((rows.stop - rows.start, columns.stop - columns.start))
@@ -369,8 +341,8 @@ class _Kronecker(_View):
 
     def _measure(self) -> Statistics:
         of_base = self._base.statistics()
-        diagonal = np.repeat(of_base.diagonal, self._num_outputs)
-        return Statistics(diagonal, of_base.frobenius * self._num_outputs**0.5)
+        diagonal = np.repeat(of_base.diagonal, self._number)
+        return Statistics(diagonal, of_base.frobenius * self._number**0.5)
 
 
 class _Leading(_View):

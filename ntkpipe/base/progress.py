@@ -8,17 +8,11 @@ from typing import Any, Self, TextIO, TypeVar
 
 from rich import progress as bars
 from rich.console import Console
-from rich.text import Text
 
 Item = TypeVar("Item")
 
 _SECONDS_BETWEEN_LINES = 10.0
 _FEWEST_FOR_FORECAST = 4
-
-
-class _RateColumn(bars.ProgressColumn):
-    def render(self, task: bars.Task) -> Text:
-        return Text(_rate(task.speed or 0.0, str(task.fields["unit"])))
 
 
 def _rate(speed: float, unit: str) -> str:
@@ -58,18 +52,18 @@ class Ticks(_Display):
     def __init__(
         self, total: int, *, what: str, unit: str, enabled: bool = True, done: int = 0, stream: TextIO | None = None
     ) -> None:
-        counts = ("{task.description}", bars.BarColumn(), bars.MofNCompleteColumn(), f"{unit}s", _RateColumn())
+        counts = ("{task.description}", bars.BarColumn(), bars.MofNCompleteColumn(), f"{unit}s", "{task.fields[rate]}")
         times = (bars.TimeElapsedColumn(), "elapsed,", bars.TimeRemainingColumn(), "left")
         live = bars.Progress(*counts, *times, console=Console(file=stream or sys.stderr))
-        super().__init__(what, live, enabled=enabled, total=total, completed=done, unit=unit)
+        super().__init__(what, live, enabled=enabled, total=total, completed=done, rate="")
         self._total, self._done, self._unit, self._count = total, done, unit, 0
 
     def tick(self) -> None:
         """Count one step."""
         now, self._count = monotonic(), self._count + 1
-        self._live.advance(self._task)
         done, speed = self._done + self._count, self._count / max(now - self._start, 1e-9)
         rate, left = _rate(speed, self._unit), (self._total - done) / speed
+        self._live.update(self._task, advance=1, rate=rate)
         words = f"{done} of {self._total} {self._unit}s, {rate}, {left:.0f} s left"
         self._print(words, now, is_last=done == self._total)
 

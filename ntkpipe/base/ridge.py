@@ -30,15 +30,10 @@ def checked_ridge(ridge: float) -> float:
     return require_range("ridge", float(check_number("ridge", ridge, low=0.0)))
 
 
-def absolute_ridges(ridges: Sequence[float], scale: RidgeScale, diagonal: NDArray[np.float64]) -> NDArray[np.float64]:
+def absolute_ridges(
+    ridges: Sequence[float], scale: RidgeScale, diagonal: Callable[[], NDArray[Any]]
+) -> NDArray[np.float64]:
     """Convert ridges to what is added to the diagonal, in their order."""
     if not len(ridges):
         raise ConfigError("no ridge is given; needed at least one")
-    return np.array([absolute_ridge(float(ridge), scale, lambda: diagonal) for ridge in ridges])
-
-
-def ridges_or(
-    default: Sequence[float], ridges: Sequence[float] | None, scale: RidgeScale
-) -> tuple[Sequence[float], RidgeScale]:
-    """Return the given ridges with their scale, or the default ones, which are multiples of the mean diagonal."""
-    return (default, "mean_diagonal") if ridges is None else (ridges, scale)
+    return np.array([absolute_ridge(float(ridge), scale, diagonal) for ridge in ridges])

@@ -96,9 +96,9 @@ class WorkerFacts:
 def inspect_workers(client: "Client", dtype: torch.dtype, device: str | None = None) -> Machine:
     """Ask every worker what it is, and sum up the reports for the plan."""
     from ntkpipe.executors.connect import require_workers
-    from ntkpipe.executors.pool import Pool, differing
+    from ntkpipe.executors.pool import WorkerPool, differing
 
-    pool: Pool[None] = Pool(client)
+    pool: WorkerPool[None] = WorkerPool(client)
     for _ in range(2):  # all may have died, for example in a run that took too much memory
         require_workers(client)
         if every := list(pool.ask(describe_worker, dtype, device).values()):
@@ -149,9 +149,9 @@ def versions() -> dict[str, str]:
 
 def require_shared_store(client: "Client", store: Store) -> None:
     """Check that every worker can write, read and delete in the store as this process sees it."""
-    from ntkpipe.executors.pool import Pool
+    from ntkpipe.executors.pool import WorkerPool
 
-    pool: Pool[None] = Pool(client)
+    pool: WorkerPool[None] = WorkerPool(client)
     ours = f"{uuid4().hex}.partial"  # listings skip this name, and the end of a run removes it
     store.medium.put(ours, ours.encode())
     try:

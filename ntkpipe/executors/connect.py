@@ -37,13 +37,11 @@ _WAIT_SECONDS = 600  # workers of a batch system may wait in its queue
 @contextlib.contextmanager
 def connect(scheduler: str, run: RunSpec = RunSpec(), *, num_gpus: int = 0) -> Iterator[Client]:  # noqa: B008 - frozen
     """Connect a client to a cluster until the context is left; a local one has the run's workers and is closed then."""
-    with contextlib.ExitStack() as stack:
-        if scheduler == LOCAL:
-            stack.enter_context(dask.config.set(_SETTINGS))
-            cluster = stack.enter_context(_start(run, num_gpus))
-            client = stack.enter_context(Client(cluster, set_as_default=False))
-        else:
-            client = stack.enter_context(_join(scheduler))
+    if scheduler != LOCAL:
+        with _join(scheduler) as client:
+            yield client
+        return
+    with dask.config.set(_SETTINGS), _start(run, num_gpus) as cluster, Client(cluster, set_as_default=False) as client:
         yield client
 
 
@@ -122,14 +120,12 @@ def _start(run: RunSpec, num_gpus: int) -> Any:
         from dask_cuda import LocalCUDACluster
 
         return LocalCUDACluster(CUDA_VISIBLE_DEVICES=devices, **options)
-    workers_of = {device: gpu_worker(device, share) for device in devices}
+    # Each process sees a single GPU. CUDA reads the environment once, so it must be set before the process starts.
+    environment = dask.config.get("distributed.nanny.pre-spawn-environ")
+    common = {"nthreads": 1, "host": _LOOPBACK, "memory_limit": share}
+    workers_of = {
+        device: {"cls": Nanny, "options": {**common, "env": {**environment, "CUDA_VISIBLE_DEVICES": device}}}
+        for device in devices
+    }
     scheduler = {"cls": Scheduler, "options": {**place, "port": 0, "dashboard": True}}
     return SpecCluster(workers=workers_of, scheduler=scheduler)
-
-
-def gpu_worker(device: str, worker_bytes: int) -> dict[str, Any]:
-    """Specification of a worker process that sees a single GPU."""
-    # The environment must be set before the process starts: CUDA reads it once.
-    environment = {**dask.config.get("distributed.nanny.pre-spawn-environ"), "CUDA_VISIBLE_DEVICES": device}
-    options = {"nthreads": 1, "host": _LOOPBACK, "memory_limit": worker_bytes, "env": environment}
-    return {"cls": Nanny, "options": options}

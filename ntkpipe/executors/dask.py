@@ -17,7 +17,7 @@ from distributed.comm.core import CommClosedError
 
 from ntkpipe.base.errors import ClusterError, Interrupted, ResourceError, StoreError
 from ntkpipe.executors.payload import PLUGIN_PREFIX, JobPlugin, PayloadMissingError, pickle_job, run_key
-from ntkpipe.executors.pool import POLL_SECONDS, Pool
+from ntkpipe.executors.pool import POLL_SECONDS, WorkerPool
 from ntkpipe.executors.threads import Job, Key, Record
 
 TOPIC = "ntkpipe"  # of scheduler events that announce a kernel about to be built
@@ -61,7 +61,7 @@ class _Run(Generic[Key, Record]):
     def __init__(self, executor: ClusterExecutor[Key, Record], job: Job[Key, Record]) -> None:
         self._client, self._name, self._max_failures = executor.client, executor.name, executor.max_failures
         self._plugin = JobPlugin(pickle_job(job), executor.code, owner=self._client.id)
-        self._pool: Pool[Key] = Pool(self._client, (PayloadMissingError, StoreError))
+        self._pool: WorkerPool[Key] = WorkerPool(self._client, (PayloadMissingError, StoreError))
         self._again: list[tuple[float, Key]] = []  # keys to submit once more, and when
         self._failures: Counter[str] = Counter()
         self._busy: set[str] = set()  # addresses of workers that have begun a key of this run

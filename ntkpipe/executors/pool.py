@@ -46,7 +46,7 @@ class Report(Generic[Found]):
     found: Found
 
 
-class Pool(Generic[Task]):
+class WorkerPool(Generic[Task]):
     """Workers of a client's cluster, and the tasks there that a driver waits for."""
 
     def __init__(self, client: Client, returned: tuple[type[Exception], ...] = ()) -> None:

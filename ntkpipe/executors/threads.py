@@ -40,11 +40,6 @@ class Executor(Protocol[Key, Record]):
 
 
 @dataclass(frozen=True)
-class _End:
-    error: BaseException | None = None  # of the worker, if that is why it ends
-
-
-@dataclass(frozen=True)
 class ThreadExecutor(Generic[Key, Record]):
     """Workers as threads of this process."""
 
@@ -53,7 +48,8 @@ class ThreadExecutor(Generic[Key, Record]):
     def run(self, job: Job[Key, Record], keys: Iterable[Key]) -> Generator[Record, None, None]:
         """See :class:`Executor`. The first error of a worker, or closing the generator, stops the others."""
         stop = threading.Event()
-        records: queue.SimpleQueue[Record | _End] = queue.SimpleQueue()
+        records: queue.SimpleQueue[list[Record]] = queue.SimpleQueue()  # one at a time, none at the end of a worker
+        failures: list[BaseException] = []
         pending = iter(keys)
         lock = threading.Lock()
 
@@ -69,29 +65,25 @@ class ThreadExecutor(Generic[Key, Record]):
                     with lock:
                         key = next(pending)
                     for record in do(key):
-                        records.put(record)
+                        records.put([record])
             except (StopIteration, RunStopped):
-                records.put(_End())
+                pass
             except BaseException as error:  # noqa: BLE001 - carried to the caller's thread and raised there
-                records.put(_End(error))
+                failures.append(error)
+                stop.set()
+            records.put([])
 
         threads = [
             threading.Thread(target=work, name=f"ntkpipe-{number}", daemon=True) for number in range(self.num_workers)
         ]
-        failure: BaseException | None = None
         try:
             for thread in threads:
                 thread.start()
             active = len(threads)
             while active:
-                record = records.get()
-                if not isinstance(record, _End):
-                    yield record
-                    continue
-                active -= 1
-                if record.error is not None:
-                    failure = failure or record.error
-                    stop.set()
+                found = records.get()
+                yield from found
+                active -= not found
         except KeyboardInterrupt as error:
             raise Interrupted("interrupted; every worker has left its work") from error
         finally:
@@ -99,5 +91,5 @@ class ThreadExecutor(Generic[Key, Record]):
             for thread in threads:
                 if thread.ident is not None:  # an interrupt may come before all are started
                     thread.join()
-        if failure is not None:
-            raise failure
+        if failures:
+            raise failures[0]

@@ -11,10 +11,8 @@ from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes, num_cores, process_memory
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.operators.reading import TileReader, buffer_bytes
 from ntkpipe.operators.streaming import StreamingOperator
-from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileSource
-from ntkpipe.store.kernel import Kernel
+from ntkpipe.operators.tiles import TileReader, buffer_bytes, tiles_of
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -63,9 +61,8 @@ def as_operator(
     """
     if isinstance(matrix, Operator):
         return matrix
-    if not (isinstance(matrix, Kernel | np.memmap) or hasattr(matrix, "chunks")):
+    if (source := tiles_of(matrix)) is None:
         return DenseOperator(matrix)
-    source: TileSource = KernelTiles(matrix) if isinstance(matrix, Kernel) else ArrayTiles(matrix)
     budget = Budget.of(memory_limit)
     if client is not None:
         from ntkpipe.operators.on_dask.operator import WorkerGroup, WorkersOperator  # distributed is slow to import
@@ -80,7 +77,7 @@ def as_operator(
             f"tiles in use by {threads} threads need {format_bytes(in_use)}. Give more memory, or threads=1"
         )
     reader = TileReader(source, source.grid.tiles(), cache_bytes=max(0, room) if keep_tiles else 0, streams=threads)
-    return StreamingOperator(reader, threads=threads, room=None if budget.limit is None else room)
+    return StreamingOperator(source, reader, threads=threads, room=None if budget.limit is None else room)
 
 
 def open_for_solver(

@@ -1,38 +1,32 @@
-"""Tiles of a stored symmetric matrix: their sources, how they are cut into shards, and the arithmetic on a tile."""
+"""Tiles of a stored symmetric matrix: their sources, and streams of them that threads read ahead, some cached."""
 
 import mmap
+import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.grid import Axis, Grid
-from ntkpipe.base.operator import Statistics, digest_of
-from ntkpipe.base.ranges import SquareSum
+from ntkpipe.base.operator import Work, digest_of
 from ntkpipe.store.kernel import Kernel
 
 TileIndex = tuple[int, int]
-# Tiles with their indices, as :meth:`ntkpipe.operators.reading.TileReader.tiles` yields them.
-Tiles = Iterable[tuple[TileIndex, NDArray[Any]]]
+Tiles = Iterable[tuple[TileIndex, NDArray[Any]]]  # with their indices, as :meth:`TileReader.tiles` yields them
+# A requested tile: cached already or on its way, then into this buffer unless it is to be cached.
+_Coming = tuple[TileIndex, "NDArray[Any] | Future[NDArray[Any]]", NDArray[np.uint8] | None]
 
-# Rows of a tile that are upcast at a time. With few columns they stay in the cache for both products, and OpenBLAS has
-# kernels for small products (up to 10⁶ multiplications) that are twice as fast; with many columns large products win.
-_SMALL_PRODUCT = 10**6
-_FEW_ROWS = (32, 64)
-_MANY_ROWS = 512
 _DEFAULT_EDGE = 2048
-# Number of shards → least number of tiles in each: enough for the threads of any cluster that the matrix is worth.
-_TILES_OF_SHARDS = {128: 16, 64: 16, 32: 16, 16: 4, 8: 4, 4: 4, 2: 4}
+_LOCAL_DEPTH, _REMOTE_DEPTH = 2, 8  # tiles read ahead of the one in use: a server needs more requests than a disk
 
 
 class ReadableTiles(Protocol):
-    """Tiles that a :class:`ntkpipe.operators.reading.TileReader` reads."""
+    """Tiles that a :class:`TileReader` reads."""
 
     tile_bytes: int  # of one tile as it is read
     is_local: bool  # whether one reader at a time keeps the medium busy
@@ -112,143 +106,118 @@ class ArrayTiles:
         return np.asarray(self.array[rows.start : rows.stop, columns.start : columns.stop])
 
 
+def tiles_of(matrix: Any, width: int = 1) -> TileSource | None:
+    """Tiles of whole samples, of ``width`` rows, of a stored kernel, a memory map, an array of a store; else none."""
+    if isinstance(matrix, Kernel):
+        return KernelTiles(matrix)
+    is_read = isinstance(matrix, np.memmap) or hasattr(matrix, "chunks")
+    return ArrayTiles(matrix, max(1, _DEFAULT_EDGE // width) * width) if is_read else None
+
+
 def _open_mapped(edge: int, *place: Any) -> ArrayTiles:
     return ArrayTiles(np.memmap(*place), edge)
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A run of stored tiles, in order: what one thread multiplies at a time."""
+class TileReader:
+    """Streams tiles of a source, any number of streams at a time.
 
-    number: int  # its place in the sum
-    tiles: tuple[TileIndex, ...]  # at least one
+    A fixed subset of tiles is cached, spread evenly: every pass wants all of them in the same order, of which a
+    least-recently-used cache would hold none. Memory is these, three tiles (nine from object storage) for each stream,
+    and one of a stream that waits.
+    """
 
+    def __init__(self, source: ReadableTiles, tiles: Iterable[TileIndex], *, cache_bytes: int, streams: int) -> None:
+        self._source = source
+        self._cached: dict[TileIndex, NDArray[Any]] = {}
+        self._depth = _depth(source)
+        self._num_threads = streams if source.is_local else streams * _REMOTE_DEPTH
+        self._free: deque[NDArray[np.uint8]] = deque()
+        self._lock = threading.Lock()
+        self._threads: ThreadPoolExecutor | None = None
+        self.num_given = self._bytes_read = 0  # tiles passed on so far, and bytes of those that were read
+        self.seconds = 0.0  # that were spent with the tiles, as callers add them
+        self.keep(cache_bytes, tiles)
 
-def cut_shards(grid: Grid, num_rows: int) -> tuple[Shard, ...]:
-    """Cut the tiles of the leading ``num_rows`` rows into runs of equal length: a power of two, at most 128."""
-    # They and the order in which they are added depend on the matrix alone, so bits do not depend on who computes.
-    edge = grid.rows.tile_rows
-    tiles = [index for index in grid.tiles() if max(index) * edge < num_rows]
-    count = next((count for count, least in _TILES_OF_SHARDS.items() if len(tiles) >= least * count), 1)
-    cuts = [len(tiles) * number // count for number in range(count + 1)]
-    return tuple(Shard(number, tuple(tiles[start:stop])) for number, (start, stop) in enumerate(pairwise(cuts)))
+    def keep(self, cache_bytes: int, tiles: Iterable[TileIndex] | None = None) -> None:
+        """Choose anew what is cached, among other tiles or in another number of bytes; drop the rest."""
+        if tiles is not None:
+            self._all_tiles = tuple(tiles)
+        total = len(self._all_tiles)
+        count = min(total, max(0, cache_bytes) // self._source.tile_bytes)
+        numbered = enumerate(self._all_tiles)
+        pinned = {tile for number, tile in numbered if number * count // total != (number + 1) * count // total}
+        with self._lock:
+            self.cache_bytes = cache_bytes
+            self._pinned = pinned
+            self._cached = {index: tile for index, tile in self._cached.items() if index in pinned}
+        self.share_kept = count / total if total else 0.0
 
+    @property
+    def num_kept(self) -> int:
+        """Number of tiles that are cached now."""
+        return len(self._cached)
 
-@dataclass(frozen=True)
-class PartialProduct:
-    """What some shards contribute to a product: rows from ``start`` on, shape (rows, r), float64."""
+    @property
+    def work(self) -> Work:
+        """What reading has cost; a pass is all tiles, cached ones included."""
+        return Work(self.num_given / max(1, len(self._all_tiles)), self._bytes_read, self.seconds)
 
-    start: int
-    values: FloatArray
+    def tiles(self, indices: Iterable[TileIndex]) -> Iterator[tuple[TileIndex, NDArray[Any]]]:
+        """Yield tiles in order, each valid until the next is requested; the first one is read at once."""
+        rest = iter(indices)
+        # A stream that is dropped before it begins drops the buffer of this tile; nobody else gets it.
+        return self._stream(deque(self._start(index) for index in islice(rest, 1)), rest)
 
+    def _stream(self, coming: deque[_Coming], rest: Iterator[TileIndex]) -> Iterator[tuple[TileIndex, NDArray[Any]]]:
+        try:
+            while coming:
+                for index in islice(rest, self._depth + 1 - len(coming)):
+                    coming.append(self._start(index))
+                index, found, buffer = coming[0]
+                tile = found.result() if isinstance(found, Future) else found
+                with self._lock:
+                    self.num_given += 1
+                    if isinstance(found, Future):
+                        self._bytes_read += self._source.tile_bytes
+                        if buffer is None and index in self._pinned:
+                            self._cached[index] = tile
+                yield index, tile
+                coming.popleft()
+                if buffer is not None:
+                    self._free.append(buffer)
+        finally:
+            for _, pending, buffer in coming:
+                # A buffer that is still written to must not be handed out.
+                if isinstance(pending, Future) and not pending.cancel():
+                    pending.exception()
+                if buffer is not None:
+                    self._free.append(buffer)
 
-def multiply(tiles: Tiles, grid: Grid, block: FloatArray, memory: FloatArray) -> PartialProduct:
-    """Multiply a block by some tiles, each used for itself and for its mirror, into memory of the block's shape."""
-    edge, start, num_columns = grid.rows.tile_rows, len(block), block.shape[1]
-    scratch = _scratch(edge, num_columns)
-    for (row, column), whole in tiles:
-        rows, columns = (slice(tile * edge, (tile + 1) * edge) for tile in (row, column))
-        if start == len(block):  # the first tile
-            start = rows.start
-            memory[start:] = 0.0
-        tile = whole[: len(block) - rows.start, : len(block) - columns.start]
-        of_rows, block_of_rows = memory[rows], block[rows]
-        # The product with the mirrored tile is computed transposed, which is faster in BLAS.
-        mirrored = np.zeros((num_columns, tile.shape[1]))
-        for number, part in enumerate(_upcast(tile, scratch)):
-            run = slice(number * len(scratch), (number + 1) * len(scratch))
-            of_rows[run] += part @ block[columns]
-            if row != column:
-                mirrored += block_of_rows[run].T @ part
-        if row != column:
-            memory[columns] += mirrored.T
-    return PartialProduct(start, memory[start:])
+    def _start(self, index: TileIndex) -> _Coming:
+        with self._lock:
+            if (cached := self._cached.get(index)) is not None:
+                return index, cached, None
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="tiles")
+            buffer = None
+            if index not in self._pinned:
+                buffer = self._free.pop() if self._free else np.empty(self._source.tile_bytes, np.uint8)
+            return index, self._threads.submit(self._source.read, index, buffer), buffer
 
-
-def scratch_bytes(edge: int, num_columns: int) -> int:
-    """Memory of :func:`multiply` beside tile, block and result: upcast rows, and products before they are added."""
-    return 8 * edge * (_rows_at_once(edge, num_columns) + 3 * num_columns)
-
-
-def _rows_at_once(edge: int, num_columns: int) -> int:
-    few = _SMALL_PRODUCT // (edge * num_columns)
-    return min(edge, few, _FEW_ROWS[1]) if few >= _FEW_ROWS[0] else min(edge, _MANY_ROWS)
-
-
-def _scratch(edge: int, num_columns: int) -> FloatArray:
-    return np.empty((_rows_at_once(edge, num_columns), edge))
-
-
-def _upcast(tile: NDArray[Any], scratch: FloatArray) -> Iterator[FloatArray]:
-    """Yield the rows of a tile in float64, as many as ``scratch`` has at a time; each run is valid until the next."""
-    is_ready = tile.dtype == np.float64 and tile.dtype.isnative and tile.flags.aligned
-    for first in range(0, len(tile), len(scratch)):
-        part = tile[first : first + len(scratch)]
-        if not is_ready:
-            upcast = scratch[: len(part), : tile.shape[1]]
-            np.copyto(upcast, part)
-            part = upcast
-        yield part
-
-
-# What some tiles contribute to the diagonal (start and entries of each run), and to the squared Frobenius norm.
-PartialStatistics = tuple[list[tuple[int, FloatArray]], SquareSum]
-
-
-def measure(tiles: Tiles, grid: Grid, num_rows: int) -> PartialStatistics:
-    """Diagonal entries and sum of squares of some tiles, off-diagonal ones counted twice."""
-    edge, squared = grid.rows.tile_rows, SquareSum()
-    diagonals, scratch = [], _scratch(edge, 1)
-    for (row, column), whole in tiles:
-        tile = whole[: num_rows - row * edge, : num_rows - column * edge]
-        squared.add(partial(_upcast, tile, scratch), 1.0 if row == column else 2.0)
-        if row == column:
-            diagonals.append((row * edge, tile.diagonal().astype(np.float64)))
-    return diagonals, squared
-
-
-def join_statistics(parts: Iterable[PartialStatistics], num_rows: int) -> Statistics:
-    """Statistics of a matrix from those of its shards, in their order."""
-    diagonal, squared = np.empty(num_rows), SquareSum()
-    for diagonals, part in parts:
-        squared += part
-        for start, values in diagonals:
-            diagonal[start : start + len(values)] = values
-    return Statistics(diagonal, squared.root)
+    def close(self) -> None:
+        """Free memory and threads; further tiles are read anew."""
+        with self._lock:
+            if self._threads is not None:
+                self._threads.shutdown()
+            self._threads = None
+            self._cached.clear()
+            self._free.clear()
 
 
-PlacedEntries = tuple[Any, NDArray[Any]]  # index of entries in the result of a request, and the entries
+def _depth(source: ReadableTiles) -> int:
+    return _LOCAL_DEPTH if source.is_local else _REMOTE_DEPTH
 
 
-@dataclass(frozen=True)
-class EntryRequest:
-    """A request for a run of rows by some columns of the full matrix."""
-
-    rows: slice
-    columns: NDArray[np.int64]  # shape (c,); the result has shape (rows, c)
-
-    def touches(self, index: TileIndex, grid: Grid) -> bool:
-        """Whether it needs a stored tile."""
-        edge = grid.rows.tile_rows
-        wanted = range(self.rows.start // edge, -(-self.rows.stop // edge))
-        others = [other for one, other in (index, index[::-1]) if one in wanted]
-        return bool(np.isin(self.columns // edge, others).any())
-
-    def entries(self, tiles: Tiles, grid: Grid, num_rows: int) -> Iterator[PlacedEntries]:
-        """Yield what tiles contribute to the result, every entry once; valid until the next."""
-        edge = grid.rows.tile_rows
-        for (row, column), tile in tiles:
-            mirrored = [(column, row, tile.T)] if row != column else []
-            for of_rows, of_columns, values in ((row, column, tile), *mirrored):
-                origin = of_rows * edge
-                first, last = max(self.rows.start, origin), min(self.rows.stop, origin + edge)
-                here = np.flatnonzero(self.columns // edge == of_columns)
-                if first < last and here.size:
-                    inside = values[first - origin : last - origin, self.columns[here] - of_columns * edge]
-                    yield (slice(first - self.rows.start, last - self.rows.start), here), inside
-
-
-def touched_shards(shards: Iterable[Shard], request: EntryRequest, grid: Grid) -> tuple[Shard, ...]:
-    """Shards reduced to the tiles that a request touches; those without any are left out."""
-    touched = ((shard.number, tuple(t for t in shard.tiles if request.touches(t, grid))) for shard in shards)
-    return tuple(Shard(number, tiles) for number, tiles in touched if tiles)
+def buffer_bytes(source: ReadableTiles, streams: int) -> int:
+    """Bytes of the tiles in use by so many concurrent streams and one that waits, beside those that are cached."""
+    return (streams * (_depth(source) + 1) + 1) * source.tile_bytes

@@ -5,7 +5,7 @@ import pytest
 from matrices import matrix_with_spectrum, power_law
 
 import ntkpipe
-from ntkpipe.analysis.spectral_sums import _radau, sum_of_density, sum_of_values
+from ntkpipe.analysis.spectrum import _radau, sum_of_density, sum_of_values
 from ntkpipe.solvers.spectral.density import density
 
 NUM_ROWS, NUM_PROBES = 120, 5

@@ -14,7 +14,7 @@ from distributed.comm.core import CommClosedError
 from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError, ResourceError, TileError
 from ntkpipe.executors.connect import connect
-from ntkpipe.executors.pool import Pool, differing, is_cancelled
+from ntkpipe.executors.pool import WorkerPool, differing, is_cancelled
 
 GIB = 2**30
 
@@ -58,7 +58,7 @@ def test_a_worker_that_dies_is_left_out_and_its_own_task_is_lost(tmp_path):
     settings = {"distributed.comm.timeouts.connect": "3 s"}  # the scheduler tries the dead one for so long
     with dask.config.set(settings), connect("local", RunSpec(workers=2, memory_limit=2 * GIB)) as client:
         (doomed, process), (address, other) = client.run(os.getpid).items()
-        pool: Pool[str] = Pool(client)
+        pool: WorkerPool[str] = WorkerPool(client)
         pool.submit("wait", "lost", wait_in, tmp_path, address=doomed)
         pool.submit("die", "done", abs, -3, address=address)
         wait_for(tmp_path / "begun")
@@ -71,7 +71,7 @@ def test_a_worker_that_dies_is_left_out_and_its_own_task_is_lost(tmp_path):
 
 
 def test_results_come_as_tasks_end_also_of_those_that_are_added_meanwhile(client):
-    pool: Pool[int] = Pool(client)
+    pool: WorkerPool[int] = WorkerPool(client)
     for number in range(3):
         pool.submit("numbers", number, abs, -number)
     found = {}
@@ -92,14 +92,14 @@ def test_results_come_as_tasks_end_also_of_those_that_are_added_meanwhile(client
     ],
 )
 def test_the_error_of_a_task_for_one_worker_names_it(client, error, kind, words):
-    pool: Pool[None] = Pool(client)
+    pool: WorkerPool[None] = WorkerPool(client)
     pool.submit("fails", None, fail, error, address=next(iter(client.nthreads())))
     with pytest.raises(kind, match=words):
         list(pool)
     pool.submit("fails", None, fail, error)
     with pytest.raises(type(error)):
         list(pool)
-    tolerant: Pool[str] = Pool(client, (type(error),))
+    tolerant: WorkerPool[str] = WorkerPool(client, (type(error),))
     tolerant.submit("fails", "it", fail, error)
     ((task, found),) = tolerant
     assert (task, type(found)) == ("it", type(error))
@@ -108,17 +108,17 @@ def test_the_error_of_a_task_for_one_worker_names_it(client, error, kind, words)
 
 def test_a_question_that_fails_says_where_and_how_often(client):
     with pytest.raises(ClusterError, match=r"2 of 2 workers fail, the first at inproc.*TileError\('gone'\)"):
-        Pool(client).ask(fail, TileError("gone"))
+        WorkerPool(client).ask(fail, TileError("gone"))
     with pytest.raises(
         ClusterError, match=r"2 workers do not reach the store: inproc\S* on \S+: no; inproc.* same path"
     ):
-        Pool(client).require_shared("the store", str, "no")
-    (one,) = Pool(client).require_shared("the store", str, "", workers=list(client.nthreads())[:1]).values()
+        WorkerPool(client).require_shared("the store", str, "no")
+    (one,) = WorkerPool(client).require_shared("the store", str, "", workers=list(client.nthreads())[:1]).values()
     assert (one.threads, one.found) == (1, "")
 
 
 def test_workers_leave_what_is_dropped(client, tmp_path):
-    pool: Pool[str] = Pool(client)
+    pool: WorkerPool[str] = WorkerPool(client)
     pool.submit("wait", "one", wait_in, tmp_path)
     wait_for(tmp_path / "begun")
     assert pool.drop() == ["one"]
@@ -128,7 +128,7 @@ def test_workers_leave_what_is_dropped(client, tmp_path):
 
 
 def test_a_pool_wakes(client):
-    pool: Pool[None] = Pool(client)
+    pool: WorkerPool[None] = WorkerPool(client)
     pool.wake()
     before = time.monotonic()
     assert pool.next() is None
@@ -137,7 +137,7 @@ def test_a_pool_wakes(client):
 
 def test_tasks_of_a_client_that_is_closed_are_lost_and_nobody_waits_for_it(client, tmp_path):
     with Client(client.scheduler.address, set_as_default=False) as other:
-        pool: Pool[str] = Pool(other)
+        pool: WorkerPool[str] = WorkerPool(other)
         pool.submit("wait", "one", wait_in, tmp_path)
         wait_for(tmp_path / "begun")
     ((task, found),) = pool

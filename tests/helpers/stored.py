@@ -50,6 +50,10 @@ class WatchedTiles:
         return self.source.grid
 
     @property
+    def rows_per_sample(self) -> int | None:
+        return self.source.rows_per_sample
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         return self.source.dtype
 

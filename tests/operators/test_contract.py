@@ -18,9 +18,8 @@ from ntkpipe.base.operator import Operator, Work
 from ntkpipe.executors import connect
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.operators.on_dask.operator import WorkerGroup, WorkersOperator
-from ntkpipe.operators.reading import TileReader
 from ntkpipe.operators.streaming import StreamingOperator
-from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileSource
+from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileReader, TileSource
 
 Make = Callable[[NDArray[Any]], Operator]
 
@@ -44,7 +43,9 @@ class Stores:
 def streaming(source: TileSource, *, share_kept: float, threads: int) -> StreamingOperator:
     tiles = list(source.grid.tiles())
     cache_bytes = int(share_kept * len(tiles)) * source.tile_bytes
-    return StreamingOperator(TileReader(source, tiles, cache_bytes=cache_bytes, streams=threads), threads=threads)
+    return StreamingOperator(
+        source, TileReader(source, tiles, cache_bytes=cache_bytes, streams=threads), threads=threads
+    )
 
 
 def test_arrays():

@@ -18,10 +18,15 @@ from ntkpipe.base.errors import ConfigError, NonFiniteError, ResourceError, Tile
 from ntkpipe.base.grid import Axis, Grid
 from ntkpipe.base.resources import process_memory
 from ntkpipe.operators.opening import as_operator
-from ntkpipe.operators.reading import TileReader, buffer_bytes
-from ntkpipe.operators.shards import PairwiseSum, PassStopped, map_shards
-from ntkpipe.operators.streaming import StreamingOperator
-from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, PartialProduct, TileIndex, cut_shards, scratch_bytes
+from ntkpipe.operators.streaming import (
+    PairwiseSum,
+    PassStopped,
+    ShardThreads,
+    StreamingOperator,
+    cut_shards,
+    scratch_bytes,
+)
+from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileIndex, TileReader, buffer_bytes
 
 EDGE, NUM_TILES = 4, 6
 EVERY = [(row, column) for row in range(NUM_TILES) for column in range(row, NUM_TILES)]
@@ -237,7 +242,7 @@ def operator_of(kernel, threads: int, num_kept: int = 0) -> StreamingOperator:
     source = KernelTiles(kernel)
     cache_bytes = num_kept * source.tile_bytes
     reader = TileReader(source, source.grid.tiles(), cache_bytes=cache_bytes, streams=threads)
-    return StreamingOperator(reader, threads=threads)
+    return StreamingOperator(source, reader, threads=threads)
 
 
 def test_threads_and_what_is_kept_change_no_bit(kernel, rng):
@@ -291,18 +296,15 @@ def test_shards_hold_every_tile_once_and_depend_on_the_matrix_alone():
 
 def test_sums_by_pairs_have_the_same_bits_whoever_adds_in_whatever_order(rng):
     for count in (1, 2, 8, 64):
-        parts = [
-            PartialProduct(row, rng.standard_normal((count - row, 3)) * 10.0 ** rng.integers(-8, 8))
-            for row in range(count)
-        ]
-        exact = sum(np.pad(part.values, ((part.start, 0), (0, 0))) for part in parts)
+        parts = [rng.standard_normal((count - row, 3)) * 10.0 ** rng.integers(-8, 8) for row in range(count)]
+        exact = sum(np.pad(part, ((row, 0), (0, 0))) for row, part in enumerate(parts))
         found = []
         for order in (range(count), range(count)[::-1], *(rng.permutation(count) for _ in range(5))):
             # Some are added elsewhere, and arrive as sums.
             elsewhere, here = PairwiseSum(), PairwiseSum()
             for number in order:
                 sums = elsewhere if number < count // 3 else here
-                sums.add((0, int(number)), PartialProduct(parts[number].start, parts[number].values.copy()))
+                sums.add((0, int(number)), parts[number].copy())
             for node, part in elsewhere.parts.items():
                 here.add(node, part)
             found.append(here.total)
@@ -323,11 +325,11 @@ def test_a_shard_that_fails_stops_the_others():
         return 0
 
     with pytest.raises(ZeroDivisionError):
-        list(map_shards(work, every, reader.tiles, 2))
+        list(ShardThreads(source.grid, reader.tiles, 2).map(work, every))
     assert source.reads.total() < len(EVERY)
     with pytest.raises(PassStopped):
-        list(map_shards(lambda tiles: len(list(tiles)), every, reader.tiles, 2, lambda: True))
-    assert sum(map_shards(lambda tiles: len(list(tiles)), every, reader.tiles, 2)) == len(EVERY)
+        list(ShardThreads(source.grid, reader.tiles, 2, lambda: True).map(lambda tiles: len(list(tiles)), every))
+    assert sum(ShardThreads(source.grid, reader.tiles, 2).map(lambda tiles: len(list(tiles)), every)) == len(EVERY)
 
 
 def test_memory_is_what_was_given(kernel, monkeypatch):

@@ -14,7 +14,7 @@ spectra by passes: 15 for leading pairs, 100 for λ_min.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -30,20 +30,19 @@ from ntkpipe.analysis.comparing.inputs import (
     targets_of,
 )
 from ntkpipe.analysis.comparing.result import Comparison
-from ntkpipe.analysis.comparing.spectra import Ends, Way, angle_error, find_ends, outer_ends, ratios_of, way_for
+from ntkpipe.analysis.comparing.spectra import Ends, How, Way, angle_error, find_ends, outer_ends, ratios_of, way_for
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work, digest_of
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
-from ntkpipe.base.targets import Targets, Task, encode, encode_test, note_on_unknown
+from ntkpipe.base.targets import Targets, Task, as_rows, encode, encode_test, note_on_unknown
 from ntkpipe.learning.regression.sources import CrossKernel
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.inverse.passes import recurrence_for
 from ntkpipe.solvers.inverse.solve import solve
-from ntkpipe.solvers.inverse.systems import SolveMethod
 from ntkpipe.solvers.memory import bytes_of_solve
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Status, ignore
@@ -56,17 +55,11 @@ if TYPE_CHECKING:
 _TOL = 1e-10  # of predictions
 
 
-@dataclass(frozen=True)
-class _Goal:
+class _Goal(NamedTuple):
     """What is predicted."""
 
     targets: Targets  # of train samples
     test_targets: Targets | None  # of test samples, if there are any
-
-    def digests(self) -> dict[str, str]:
-        """Digests of targets, by name."""
-        known = {"targets": self.targets, "test_targets": self.test_targets}
-        return {name: digest_of(one.matrix) for name, one in known.items() if one is not None}
 
 
 @dataclass(frozen=True)
@@ -156,7 +149,8 @@ def compare_kernels(
     if checkpoint is not None:
         decides |= {f"matrix_{name}": one.identity for name, one in zip("ab", inputs, strict=True)}
         decides |= {"function": "compare_kernels", "smallest": smallest_eigenvalue}
-        decides |= {} if goal is None else goal.digests()
+        known = {} if goal is None else goal._asdict()
+        decides |= {name: digest_of(one.matrix) for name, one in known.items() if one is not None}
     stages = Stages(checkpoint, decides)
     measured = dict(stages.once("entries", lambda: measure_differences(*(one.entries() for one in inputs))))
     if measured["frobenius_b"] == 0:
@@ -165,14 +159,16 @@ def compare_kernels(
         measured[name] /= measured["frobenius_b"]
     measured["largest_entry"] = None if measured["largest_entry"] is None else tuple(measured["largest_entry"])
     count = min(k, inputs[0].num_samples)
-    how: dict[str, Any] = {"with_smallest": smallest_eigenvalue, "budget": budget, "client": client, "seed": seed}
     found, ridges = [], []
     for name, one, given in zip("ab", inputs, eigenpairs or (None, None), strict=True):
         diagonal = measured.pop(f"diagonal_{name}")[:: width // one.width]
         ridges.append(absolute_ridge(ridge, ridge_scale, partial(np.asarray, diagonal)))
+        way = way_for(one.num_samples * one.width, budget if client is None else Budget())
+        how = How(way, ridges[-1], budget, seed, monitor)
         # A full NTK beside K ⊗ I_O needs O times as many leading eigenpairs as K.
         leading = count if inputs[0].width == inputs[1].width else count * one.width
-        found.append(_find(name, one, leading, ridges[-1], given, width, goal, stages, monitor=monitor, **how))
+        wanted = {"k": leading, "with_smallest": smallest_eigenvalue, "given": given}
+        found.append(_find(name, one, how, wanted, width // one.width, goal, stages, client))
     first, second = found
     predicted = {}
     if goal is not None and first.predictions is not None and second.predictions is not None:
@@ -207,46 +203,37 @@ def compare_kernels(
 def _find(
     name: str,
     kernel: KernelInput,
-    count: int,
-    ridge: float,
-    given: Any,
-    width: int,
+    how: How,
+    wanted: Mapping[str, Any],
+    num_copies: int,
     goal: _Goal | None,
     stages: Stages,
-    *,
-    with_smallest: bool,
-    budget: Budget,
     client: "Client | None",
-    seed: int,
-    monitor: Monitor,
 ) -> _Found:
-    """The ends of one spectrum, expanded to ``width`` rows a sample, and predictions."""
-    way = way_for(kernel.num_samples * kernel.width, budget if client is None else Budget())
-    how: dict[str, Any] = {"ridge": ridge, "way": way, "seed": seed, "monitor": monitor}
-    with kernel.operator(budget, client) as stored:
+    """The wanted ends of one spectrum, of ``K ⊗ I`` of so many copies, and predictions."""
+    with kernel.operator(how.budget, client) as stored:
         matrices = [stored]  # and, unless it is multiplied by passes, the whole, once something is computed
 
         def spent() -> Work:
             return sum((one.work for one in matrices), Work())
 
-        def once(part: str, function: Callable[..., Mapping[str, Any]], *args: Any, **options: Any) -> dict[str, Any]:
+        def once(part: str, function: Callable[..., Mapping[str, Any]], **options: Any) -> dict[str, Any]:
             def computed() -> dict[str, Any]:
                 before = spent()
-                if way != "passes" and len(matrices) == 1:
+                if how.way != "passes" and len(matrices) == 1:
                     rows = slice(0, stored.num_rows)
                     matrices.append(DenseOperator(stored.block(rows, rows), storage_dtype=stored.storage_dtype))
-                found = function(matrices[-1], *args, checkpoint=stages.part(part), **options, **how)
+                found = function(matrices[-1], how, stages.part(part), **options)
                 return {**found, "work": spent() - before}
 
             return dict(stages.once(part, computed))
 
-        spectrum = once(f"spectrum-{name}", find_ends, count, with_smallest=with_smallest, given=given)
+        spectrum = once(f"spectrum-{name}", find_ends, **wanted)
         work, predicted = spectrum.pop("work"), None
         if goal is not None:
-            of_test = kernel.test_kernel, kernel.width, goal
-            predicted = once(f"predictions-{name}", _predict, *of_test, budget=budget)
+            predicted = once(f"predictions-{name}", _predict, kernel=kernel, goal=goal)
             work += predicted["work"]
-        return _Found(outer_ends(Ends(**spectrum), width // kernel.width), predicted, stored.identity(), way, work)
+        return _Found(outer_ends(Ends(**spectrum), num_copies), predicted, stored.identity(), how.way, work)
 
 
 def _spectral_fields(a: Ends, b: Ends) -> dict[str, Any]:
@@ -311,7 +298,7 @@ def _goal_of(
     train = encode(targets, task=task, num_outputs=width if width > 1 else None)
     if len(train.matrix) != num_samples:
         raise ConfigError(f"{len(train.matrix)} targets for {num_samples} train samples")
-    train.rows(width)
+    as_rows(train.matrix, width)  # or refuse them
     if test_targets is None:
         return _Goal(train, None), ""
     test = encode_test(test_targets, train)
@@ -319,26 +306,17 @@ def _goal_of(
 
 
 def _predict(
-    operator: Operator,
-    test_kernel: Any,
-    width: int,
-    goal: _Goal,
-    *,
-    ridge: float,
-    way: Way,
-    budget: Budget,
-    seed: int,
-    checkpoint: Checkpoint | None,
-    monitor: Monitor,
+    operator: Operator, how: How, checkpoint: Checkpoint | None, *, kernel: KernelInput, goal: _Goal
 ) -> dict[str, Any]:
     """Predictions ``K_test (K + λ I)⁺ Y`` of kernel ridge regression, (M, c), with status and message of the solver."""
-    cross = CrossKernel(test_kernel, operator.num_rows, width)
-    rows = goal.targets.rows(width)
-    room = budget.at_least(bytes_of_solve(operator.num_rows, rows.shape[1]))
-    method: SolveMethod = "auto" if way != "passes" else recurrence_for(rows.shape[1])
-    how: dict[str, Any] = {"task": "regression", "tol": _TOL, "seed": seed, "memory_limit": room, "monitor": monitor}
-    kept = checkpoint if way == "passes" else None
-    solution = solve(operator, rows, ridge=ridge, method=method, checkpoint=kept, **how)
+    cross = CrossKernel(kernel.test_kernel, operator.num_rows, kernel.width)
+    rows = as_rows(goal.targets.matrix, kernel.width)
+    room = how.budget.at_least(bytes_of_solve(operator.num_rows, rows.shape[1]))
+    by_passes: dict[str, Any] = {}
+    if how.way == "passes":
+        by_passes = {"method": recurrence_for(rows.shape[1]), "checkpoint": checkpoint}
+    common: dict[str, Any] = {"tol": _TOL, "seed": how.seed, "memory_limit": room, "monitor": how.monitor}
+    solution = solve(operator, rows, ridge=how.ridge, task="regression", **common, **by_passes)
     values = np.ascontiguousarray(cross.outputs(solution.coefficients))
     return {"values": values, "status": solution.status, "message": solution.message}
 

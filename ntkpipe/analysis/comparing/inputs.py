@@ -15,7 +15,7 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.operators.opening import as_operator, open_for_solver
-from ntkpipe.operators.tiles import ArrayTiles, KernelTiles
+from ntkpipe.operators.tiles import tiles_of
 from ntkpipe.store.export import find_kernel
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from distributed import Client
 
 _TRAIN, _TEST = "train", "test_train"
-_ARRAY_EDGE = 2048
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,9 @@ class KernelInput:
 
     def entries(self) -> Entries:
         """The entries, by tiles where there are some."""
-        if isinstance(self.matrix, Kernel):
-            return TileEntries(KernelTiles(self.matrix), self.width)
-        if _has_tiles(self.matrix):
-            return TileEntries(ArrayTiles(self.matrix, max(1, _ARRAY_EDGE // self.width) * self.width), self.width)
-        return OperatorEntries(as_operator(self.matrix), self.width)
+        if (source := tiles_of(self.matrix, self.width)) is None:
+            return OperatorEntries(as_operator(self.matrix), self.width)
+        return TileEntries(source, self.width)
 
     @contextmanager
     def operator(self, budget: Budget, client: "Client | None") -> Iterator[Operator]:
@@ -74,10 +71,6 @@ class KernelInput:
         finally:
             if operator is not self.matrix:
                 operator.close()
-
-
-def _has_tiles(matrix: Any) -> bool:
-    return isinstance(matrix, np.memmap) or hasattr(matrix, "chunks")
 
 
 def inputs_of(
@@ -105,7 +98,7 @@ def _input_of_matrix(kernel: Any, name: str) -> KernelInput:
     shape = tuple(int(size) for size in (kernel.shape if hasattr(kernel, "shape") else np.shape(kernel)))
     if len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
         raise ConfigError(f"{name} has shape {shape}; needed a square kernel of samples with themselves")
-    matrix = kernel if isinstance(kernel, Operator) or _has_tiles(kernel) else np.asarray(kernel)
+    matrix = kernel if isinstance(kernel, Operator) or tiles_of(kernel) is not None else np.asarray(kernel)
     return KernelInput(f"{name} ({shape[0]} × {shape[0]})", matrix, 1, shape[0])
 
 

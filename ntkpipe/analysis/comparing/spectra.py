@@ -34,6 +34,17 @@ _BYTES_PER_ENTRY = 24
 
 
 @dataclass(frozen=True)
+class How:
+    """How spectrum and predictions of one kernel are found."""
+
+    way: Way
+    ridge: float  # absolute
+    budget: Budget
+    seed: int
+    monitor: Monitor
+
+
+@dataclass(frozen=True)
 class Ends:
     """The ends of a spectrum."""
 
@@ -75,16 +86,7 @@ def way_for(num_rows: int, budget: Budget) -> Way:
 
 
 def find_ends(
-    operator: Operator,
-    k: int,
-    *,
-    way: Way,
-    ridge: float,
-    with_smallest: bool,
-    given: Any,
-    seed: int,
-    checkpoint: Checkpoint | None,
-    monitor: Monitor,
+    operator: Operator, how: How, checkpoint: Checkpoint | None, *, k: int, with_smallest: bool, given: Any
 ) -> dict[str, Any]:
     """Fields of :class:`Ends`: k leading eigenpairs, λ_min, and where K is in memory the log-determinant."""
     n = operator.num_rows
@@ -97,11 +99,11 @@ def find_ends(
         residual = float(np.linalg.norm(operator.matmat(vectors) - vectors * values))
         every = known if len(known) == n else None
     else:
-        pairs = eigsh(operator, wanted, tol=_TOL, seed=seed, monitor=monitor)
+        pairs = eigsh(operator, wanted, tol=_TOL, seed=how.seed, monitor=how.monitor)
         values, vectors = pairs.eigenvalues, pairs.vectors
         residual = float(np.linalg.norm(pairs.residuals * np.maximum(np.abs(values), pairs.floor)))
         status, message = pairs.status, pairs.message
-    if every is None and with_smallest and way == "lapack":
+    if every is None and with_smallest and how.way == "lapack":
         every = eigvalsh(operator).eigenvalues
     least = low = high = None
     if with_smallest and every is not None:
@@ -109,7 +111,7 @@ def find_ends(
         least = float(every[-1])
         low, high = least - unsure, least + unsure
     elif with_smallest:
-        found = _smallest(operator, way, seed, checkpoint, monitor)
+        found = _smallest(operator, how, checkpoint)
         least, low, high = float(found.eigenvalues[0]), found.low, found.high
         # That it is not known at storage precision is a finding; bounds hold all the same.
         if status == "converged" and found.status in {"step limit", "not converged"}:
@@ -123,33 +125,33 @@ def find_ends(
         "low": low,
         "high": high,
         "floor": operator.storage_floor(),
-        "log_determinant": _log_determinant(operator, every, way, ridge),
+        "log_determinant": _log_determinant(operator, every, how),
         "status": status,
         "message": message,
     }
 
 
-def _smallest(operator: Operator, way: Way, seed: int, checkpoint: Checkpoint | None, monitor: Monitor) -> Smallest:
+def _smallest(operator: Operator, how: How, checkpoint: Checkpoint | None) -> Smallest:
     """The smallest eigenvalue by block Davidson, with a proved bound where there is a factor."""
-    by_passes = partial(smallest, operator, tol=_TOL_BY_PASSES, certify=False, seed=seed, monitor=monitor)
-    if way == "passes":
+    find = partial(smallest, operator, seed=how.seed, monitor=how.monitor)
+    by_passes = partial(find, tol=_TOL_BY_PASSES, certify=False)
+    if how.way == "passes":
         return by_passes(checkpoint=checkpoint)
     try:
         factor = cholesky(operator, jitter="auto")
     except IndefiniteError:  # beyond what rounding explains
         return by_passes()
-    how: dict[str, Any] = {"inverse": lambda block: factor.solve(block, refine=0).coefficients, "certify": True}
-    return smallest(operator, tol=_TOL_BY_FACTOR, seed=seed, monitor=monitor, **how)
+    return find(tol=_TOL_BY_FACTOR, inverse=lambda block: factor.solve(block, refine=0).coefficients, certify=True)
 
 
-def _log_determinant(operator: Operator, every: FloatArray | None, way: Way, ridge: float) -> float | None:
+def _log_determinant(operator: Operator, every: FloatArray | None, how: How) -> float | None:
     if every is not None:
-        shifted = every + ridge
+        shifted = every + how.ridge
         return float(np.log(shifted).sum()) if shifted[-1] > 0 else None
-    if way == "passes":
+    if how.way == "passes":
         return None
     try:
-        return cholesky(operator, ridge=ridge).logdet
+        return cholesky(operator, ridge=how.ridge).logdet
     except IndefiniteError:
         return None
 

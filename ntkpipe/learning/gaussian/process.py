@@ -24,7 +24,7 @@ from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
-from ntkpipe.learning.regression.sources import CountedStages, CrossKernel, OfTargets, offset_of_test, train_targets
+from ntkpipe.learning.regression.sources import CountedStages, CrossKernel, OfTargets, train_targets
 from ntkpipe.solvers.inverse.choice import find_inverse
 from ntkpipe.solvers.inverse.contract import Verdict
 from ntkpipe.solvers.recording import recorded
@@ -153,13 +153,13 @@ def gaussian_process(
     operator: Operator = kernel
     budget = Budget.of(memory_limit)
     train = train_targets(operator, targets, initial_outputs, task)
-    width, shape, is_centred = train.width, train.targets.matrix.shape, initial_outputs is not None
+    width, num_outputs = train.width, train.targets.matrix.shape[1]
     noise = absolute_ridge(ridge, ridge_scale, operator.diagonal)
-    cross, mean, covariance = None, np.zeros((0, shape[1])), np.zeros((0, width, width))
+    cross, mean, covariance = None, np.zeros((0, num_outputs)), np.zeros((0, width, width))
     if test_kernel is not None:
         cross = CrossKernel(test_kernel, operator.num_rows, width)
         covariance = _prior_covariance(test_diagonal, (cross.num_samples, width, width))
-        offset = offset_of_test(test_initial_outputs, (cross.num_samples, shape[1]), is_centred=is_centred)
+        offset = train.offset_of_test(test_initial_outputs, cross.num_samples)
     how: dict[str, Any] = {"tol": tol, "seed": seed, "monitor": monitor, "with_blocks": False}
     by = find_inverse(operator, budget, method=method, allowed=("cholesky",), ridges=[noise], path=path, **how)
     kept = checkpoint if by.method == "streamed" else None
@@ -206,7 +206,7 @@ def gaussian_process(
         message=verdict.message or _MESSAGES[by.method],
         work=stages.work,
         seconds=stages.seconds,
-        options={"centred": is_centred},
+        options={"centred": train.is_centred},
         mean=mean,
         noise=noise,
         mean_diagonal=float(operator.diagonal().mean()),

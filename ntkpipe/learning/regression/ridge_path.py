@@ -27,7 +27,6 @@ from ntkpipe.learning.regression.sources import (
     HeldOut,
     OfTargets,
     TrainTargets,
-    offset_of_test,
     ridges_for,
     train_targets,
     with_error,
@@ -208,11 +207,8 @@ def ridge_path(
     check_number("tol", tol, low=0.0)
     check_number("num_left_out", num_left_out, low=2)
     train = train_targets(operator, targets, initial_outputs, task)
-    values, options = ridges_for(DEFAULT_RIDGES, ridges, ridge_scale, operator.diagonal())
-    is_centred = initial_outputs is not None
-    test, offset = HeldOut.of(test_kernel, test_targets, train), np.zeros(1)
-    if test is not None:
-        offset = offset_of_test(test_initial_outputs, test.shape, is_centred=is_centred)
+    values, options = ridges_for(DEFAULT_RIDGES, ridges, ridge_scale, operator)
+    test = HeldOut.of(test_kernel, test_targets, train, test_initial_outputs)
     how: dict[str, Any] = {"ridges": values.tolist(), "tol": tol, "seed": seed}
     known: dict[str, Any] = {"eigenpairs": eigenpairs, "monitor": monitor}
     inverse = find_inverse(operator, budget, method=method, allowed=("eigh", "cholesky"), **known, **how)
@@ -223,14 +219,14 @@ def ridge_path(
     how |= {"method": name, "num_left_out": num_left_out}
     stages = CountedStages(None if name == "eigh" else checkpoint, operator, train, function="ridge_path", **how)
     fits = stages.fits(inverse, question, values, partial(_measures, train))
-    found, statuses = _losses(fits, len(values), test, offset, most)
+    found, statuses = _losses(fits, len(values), test, most)
     status, message = _judge(statuses, values, name)
     return RidgePath(
         status=status,
         message=message if test is None else message + note_on_unknown(test.targets),
         work=stages.work,
         seconds=stages.seconds,
-        options={**options, "centred": is_centred},
+        options={**options, "centred": train.is_centred},
         ridges=values,
         mean_diagonal=float(operator.diagonal().mean()),
         method=name,
@@ -244,7 +240,7 @@ def ridge_path(
 
 
 def _losses(
-    fits: Iterable[tuple[int, Mapping[str, Any]]], num_ridges: int, test: HeldOut | None, offset: FloatArray, most: int
+    fits: Iterable[tuple[int, Mapping[str, Any]]], num_ridges: int, test: HeldOut | None, most: int
 ) -> tuple[dict[str, Any], list[tuple[Status, str]]]:
     """Numbers by the names of the result, and statuses; ``most`` fits wait for the test kernel."""
     found = [{"test_loss": np.nan, "test_accuracy": np.nan} for _ in range(num_ridges)]
@@ -259,7 +255,6 @@ def _losses(
         waiting[index] = fit["coefficients"]
         if len(waiting) == most or number == num_ridges - 1:
             for place, outputs in zip(waiting, test.predict(list(waiting.values())), strict=True):
-                outputs = outputs + offset
                 accuracy = _accuracy(test.targets, outputs)
                 found[place] |= {"test_loss": test.targets.loss(outputs), "test_accuracy": accuracy}
             waiting.clear()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, Work, digest_of
-from ntkpipe.base.ridge import RidgeScale, absolute_ridges, ridges_or
+from ntkpipe.base.ridge import RidgeScale, absolute_ridges
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, as_rows, as_samples, as_values, encode, encode_test
 from ntkpipe.solvers.checkpoint import Stages
@@ -29,12 +29,12 @@ _BYTES_AT_ONCE = 2**24
 
 
 def ridges_for(
-    defaults: Sequence[float], ridges: Sequence[float] | None, ridge_scale: RidgeScale, diagonal: FloatArray
+    defaults: Sequence[float], ridges: Sequence[float] | None, scale: RidgeScale, operator: Operator
 ) -> tuple[FloatArray, dict[str, Any]]:
     """Absolute ridges, those given or defaults in mean diagonals; and what options of a result say of them."""
-    asked, scale = ridges_or(defaults, ridges, ridge_scale)
-    options = {"ridges": [float(ridge) for ridge in asked], "ridge_scale": scale}
-    return absolute_ridges(asked, scale, diagonal), options
+    asked, scale = (defaults, "mean_diagonal") if ridges is None else (ridges, scale)
+    diagonal, options = operator.diagonal(), {"ridges": [float(ridge) for ridge in asked], "ridge_scale": scale}
+    return absolute_ridges(asked, scale, lambda: diagonal), options
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,13 @@ class TrainTargets:
     targets: Targets
     width: int  # rows a sample of the kernel, S: 1, or O of a full NTK
     rhs: FloatArray  # Y, or Y - f₀, in the rows of the kernel
+    is_centred: bool  # whether it is Y - f₀
+
+    def offset_of_test(self, initial: Any | None, num_samples: int) -> FloatArray:
+        """What is added to predictions at test samples: their initial outputs, where those of train samples are off."""
+        if self.is_centred != (initial is not None):
+            raise ConfigError("initial_outputs of one of train and test samples; needed both or none")
+        return np.zeros(1) if initial is None else initial_matrix(initial, (num_samples, self.targets.matrix.shape[1]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +78,7 @@ def train_targets(operator: Operator, targets: Any, initial: Any | None, task: T
     columns = np.shape(initial)[1] if initial is not None and np.ndim(initial) == 2 else None
     found = encode(values, num_outputs=width if width > 1 else columns, task=task)
     matrix = found.matrix if initial is None else found.matrix - initial_matrix(initial, found.matrix.shape)
-    return TrainTargets(found, width, as_rows(matrix, width))
+    return TrainTargets(found, width, as_rows(matrix, width), initial is not None)
 
 
 def _width_of(operator: Operator, num_samples: int) -> int:
@@ -96,13 +103,6 @@ def initial_matrix(initial: Any, shape: tuple[int, ...]) -> FloatArray:
     if not np.isfinite(values).all():
         raise NonFiniteError("initial_outputs hold NaN or infinity")
     return values
-
-
-def offset_of_test(initial: Any | None, shape: tuple[int, ...], *, is_centred: bool) -> FloatArray:
-    """What is added to predictions at test samples: their initial outputs, where train targets are centred."""
-    if is_centred != (initial is not None):
-        raise ConfigError("initial_outputs of one of train and test samples; needed both or none")
-    return np.zeros(1) if initial is None else initial_matrix(initial, shape)
 
 
 def targets_of(source: KernelSet, split: str) -> NDArray[Any]:
@@ -177,26 +177,27 @@ def _finite(part: FloatArray, rows: slice) -> FloatArray:
 class HeldOut:
     """Test samples with targets, for predictors whose coefficients are in the rows of the train kernel."""
 
-    def __init__(self, kernel: Any, targets: Any, train: TrainTargets) -> None:
+    def __init__(self, kernel: Any, targets: Any, train: TrainTargets, initial: Any | None) -> None:
         self.targets = encode_test(targets, train.targets)
         self._cross = CrossKernel(kernel, len(train.rhs), train.width)
         self._width = train.width
-        self.shape = self._cross.num_samples, train.targets.matrix.shape[1]
-        if self.targets.matrix.shape != self.shape:
-            needed = f"{self.shape} by kernel and train targets"
-            raise ConfigError(f"test targets of shape {np.shape(targets)}; needed {needed}")
+        shape = self._cross.num_samples, train.targets.matrix.shape[1]
+        if self.targets.matrix.shape != shape:
+            raise ConfigError(f"test targets of shape {np.shape(targets)}; needed {shape} by kernel and train targets")
+        self._offset = train.offset_of_test(initial, self._cross.num_samples)
 
     @classmethod
-    def of(cls, kernel: Any, targets: Any, train: TrainTargets) -> "HeldOut | None":
+    def of(cls, kernel: Any, targets: Any, train: TrainTargets, initial: Any | None = None) -> "HeldOut | None":
         """The test set, if there is one."""
         if (kernel is None) != (targets is None):
             raise ConfigError("a test kernel without test targets, or these without it; needed both or none")
-        return None if kernel is None else cls(kernel, targets, train)
+        return None if kernel is None else cls(kernel, targets, train, initial)
 
     def predict(self, coefficients: Sequence[FloatArray]) -> list[FloatArray]:
         """Predictions (M, O) of several predictors, by one read of the test kernel."""
         predicted = self._cross.times(np.concatenate(coefficients, axis=1))
-        return [as_samples(part, self._width) for part in np.split(predicted, len(coefficients), axis=1)]
+        parts = np.split(predicted, len(coefficients), axis=1)
+        return [as_samples(part, self._width) + self._offset for part in parts]
 
 
 class CountedStages(Stages):

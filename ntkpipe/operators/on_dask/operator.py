@@ -4,6 +4,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from time import monotonic, perf_counter
 from typing import Any
 from uuid import uuid4
@@ -14,15 +15,21 @@ from distributed import Client, Future
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ClusterError, ConfigError, ResourceError
-from ntkpipe.base.operator import Operator, Statistics, Work, digest_of
+from ntkpipe.base.operator import Operator, Work, digest_of
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.executors.connect import require_workers
-from ntkpipe.executors.pool import POLL_SECONDS, Pool, Report
+from ntkpipe.executors.pool import POLL_SECONDS, Report, WorkerPool
 from ntkpipe.operators.on_dask.shard_worker import PassReply, PassRequest, ShardWorker, compare_first_tile, run_pass
-from ntkpipe.operators.reading import buffer_bytes
-from ntkpipe.operators.shards import PairwiseSum, PassStopped, num_blocks_in_use, share_out
-from ntkpipe.operators.streaming import TiledOperator
-from ntkpipe.operators.tiles import EntryRequest, PartialProduct, Shard, TileSource, cut_shards, join_statistics
+from ntkpipe.operators.streaming import (
+    EntryRequest,
+    PairwiseSum,
+    PassStopped,
+    Shard,
+    TiledOperator,
+    cut_shards,
+    num_blocks_in_use,
+)
+from ntkpipe.operators.tiles import TileSource, buffer_bytes
 
 # Share of a worker's limit; from 70 % on Dask writes its data to disk, at 80 % it pauses it, at 95 % it ends it.
 _SHARE_OF_LIMIT = 0.6
@@ -64,7 +71,7 @@ class WorkerGroup:
                 check_number(name, value, low=low)
         require_workers(client)
         self.client = client
-        self._pool: Pool[None] = Pool(client)
+        self._pool: WorkerPool[None] = WorkerPool(client)
         self.source = source
         self.members: dict[str, WorkerHandle] = {}  # by address
         self.work = Work()
@@ -145,6 +152,35 @@ class WorkerGroup:
         self.members.clear()
 
 
+def share_out(numbers: list[int], workers: Mapping[str, int], known: Mapping[int, str]) -> dict[int, str]:
+    """Assign shards to workers, given as addresses with numbers of threads: about equally many to each thread."""
+    if not set(known.values()) & set(workers):
+        slots = [address for address, count in workers.items() for _ in range(count)]
+        cuts = [len(numbers) * slot // len(slots) for slot in range(len(slots) + 1)]
+        runs = zip(slots, pairwise(cuts), strict=True)
+        return {number: address for address, (first, stop) in runs for number in numbers[first:stop]}
+    # A shard stays with its known owner where that is still there and not overloaded.
+    owners = {number: known[number] for number in numbers if known.get(number) in workers}
+    held = Counter(owners.values())
+
+    def load_with_one_more(address: str) -> float:
+        return (held[address] + 1) / workers[address]
+
+    for number in numbers:
+        if number not in owners:
+            owners[number] = min(workers, key=load_with_one_more)
+            held[owners[number]] += 1
+    while True:
+        fullest = max(workers, key=lambda address: held[address] / workers[address])
+        emptiest = min(workers, key=load_with_one_more)
+        if load_with_one_more(emptiest) >= held[fullest] / workers[fullest]:
+            return dict(sorted(owners.items()))
+        moved = max(number for number, owner in owners.items() if owner == fullest)
+        held[fullest] -= 1
+        owners[moved] = emptiest
+        held[emptiest] += 1
+
+
 class WorkersOperator(TiledOperator):
     """A symmetric matrix of tiles, which the workers of a cluster read and cache.
 
@@ -184,11 +220,11 @@ class WorkersOperator(TiledOperator):
     def _multiply(self, block: FloatArray) -> FloatArray:
         total = PairwiseSum()
         for node, part in self._pass(block=block):
-            total.add(node, PartialProduct(part.start, np.require(part.values, requirements="W")))
+            total.add(node, np.require(part, requirements="W"))
         return total.total
 
-    def _measure(self) -> Statistics:
-        return join_statistics((part for _, part in sorted(self._pass())), self.num_rows)
+    def _measured(self) -> Iterator[Any]:
+        return (part for _, part in sorted(self._pass()))
 
     def _gather(self, request: EntryRequest, values: FloatArray) -> None:
         for _, placed in self._pass(request):
@@ -218,7 +254,7 @@ class _Pass:
 
     def __post_init__(self) -> None:
         # Of tasks for a member, with the shards that each uses.
-        self.pool: Pool[tuple[WorkerHandle, tuple[int, ...]]] = Pool(self.group.client, (PassStopped,))
+        self.pool: WorkerPool[tuple[WorkerHandle, tuple[int, ...]]] = WorkerPool(self.group.client, (PassStopped,))
 
     def results(self) -> Iterator[tuple[Any, Any]]:
         """Yield results as they arrive."""

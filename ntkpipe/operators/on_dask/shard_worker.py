@@ -11,9 +11,8 @@ from distributed import get_worker
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import digest_of
 from ntkpipe.executors.pool import is_cancelled, is_leaving, without_frames
-from ntkpipe.operators.reading import TileReader
-from ntkpipe.operators.shards import map_shards, multiply_shards
-from ntkpipe.operators.tiles import EntryRequest, Shard, Tiles, TileSource, cut_shards, measure, touched_shards
+from ntkpipe.operators.streaming import EntryRequest, Shard, ShardThreads, cut_shards, measure
+from ntkpipe.operators.tiles import TileReader, Tiles, TileSource
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class ShardWorker:
 
     def __init__(self, source: TileSource) -> None:
         self._source = source
-        self._readers: dict[int, TileReader[TileSource]] = {}
+        self._readers: dict[int, TileReader] = {}
         self._shards: dict[int, tuple[Shard, ...]] = {}
         self._cached: dict[int, tuple[tuple[int, ...], int]] = {}  # owned shards and bytes of a reader, by rows
         self._counted = (0, 0)
@@ -65,22 +64,22 @@ class ShardWorker:
         grid, entries = self._source.grid, request.entries
         shards = tuple(all_shards[number] for number in request.shards)
         if entries is not None:
-            shards = touched_shards(shards, entries, grid)
+            shards = entries.touched(shards, grid)
 
         def work(tiles: Tiles) -> Any:
             if entries is None:
                 return measure(tiles, grid, request.num_rows)
             # Copied in the stored dtype: nothing more travels.
-            return [(where, np.array(values)) for where, values in entries.entries(tiles, grid, request.num_rows)]
+            return [(where, np.array(values)) for where, values in entries.entries(tiles, grid)]
 
+        threads = ShardThreads(grid, reader.tiles, request.threads, is_unwanted)
         results: dict[Any, Any]
         if block is not None:
             # BLAS does not take arrays at odd addresses, as they come by network; numpy's own loops give other bits.
             aligned = np.require(block, np.float64, ["C", "ALIGNED"])
-            results = dict(multiply_shards(grid, aligned, shards, reader.tiles, request.threads, is_unwanted).parts)
+            results = dict(threads.multiply(aligned, shards).parts)
         else:
-            found = map_shards(work, shards, reader.tiles, request.threads, is_unwanted)
-            results = dict(zip((shard.number for shard in shards), found, strict=True))
+            results = dict(zip((shard.number for shard in shards), threads.map(work, shards), strict=True))
         with self._lock:
             num_tiles = sum(each.num_given for each in self._readers.values())
             bytes_read = sum(each.work.bytes_read for each in self._readers.values())
@@ -88,7 +87,7 @@ class ShardWorker:
             num_kept = {num_rows: each.num_kept for num_rows, each in self._readers.items()}
         return PassReply(results, num_tiles - before[0], bytes_read - before[1], num_kept)
 
-    def _open(self, request: PassRequest) -> tuple[TileReader[TileSource], tuple[Shard, ...]]:
+    def _open(self, request: PassRequest) -> tuple[TileReader, tuple[Shard, ...]]:
         """Reader and shards of the leading block, made at the first request for it."""
         num_rows = request.num_rows
         with self._lock:
@@ -100,7 +99,7 @@ class ShardWorker:
                 self._cache(request, reader, [tile for number in request.owned for tile in shards[number].tiles])
         return reader, shards
 
-    def _cache(self, request: PassRequest, reader: TileReader[TileSource], tiles: list[tuple[int, int]]) -> None:
+    def _cache(self, request: PassRequest, reader: TileReader, tiles: list[tuple[int, int]]) -> None:
         """Let a reader cache tiles; other leading blocks give theirs up where there is no room for both."""
         others = [number for number in self._cached if number != request.num_rows]
         taken = sum(self._readers[number].num_kept for number in others) * self._source.tile_bytes

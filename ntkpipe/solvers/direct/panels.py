@@ -13,7 +13,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.operator import Work
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.operators.reading import TileReader
+from ntkpipe.operators.tiles import TileReader
 from ntkpipe.solvers.direct.triangular import solve_bytes
 from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.layout import ArrayLayout

@@ -19,12 +19,11 @@ from ntkpipe.base.errors import ClusterError, ConfigError, ResourceError, TileEr
 from ntkpipe.base.operator import Operator
 from ntkpipe.executors import connect, pool
 from ntkpipe.operators.on_dask import operator as operator_module
-from ntkpipe.operators.on_dask.operator import WorkerGroup, WorkersOperator
+from ntkpipe.operators.on_dask.operator import WorkerGroup, WorkersOperator, share_out
 from ntkpipe.operators.on_dask.shard_worker import PassRequest, ShardWorker
 from ntkpipe.operators.opening import as_operator
-from ntkpipe.operators.reading import TileReader
-from ntkpipe.operators.shards import PassStopped, share_out
-from ntkpipe.operators.tiles import ArrayTiles, KernelTiles
+from ntkpipe.operators.streaming import PassStopped
+from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileReader
 from ntkpipe.store.kernel import Kernel
 
 NUM_ROWS, TILE = 210, 20  # 66 tiles in 16 shards, the last ones ragged
