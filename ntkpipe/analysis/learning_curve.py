@@ -22,7 +22,7 @@ from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import all_eigenpairs
 from ntkpipe.solvers.inverse.contract import Question
-from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs
+from ntkpipe.solvers.inverse.exact import ByEigenpairs
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Step, ignore
 from ntkpipe.store.results import Checkpoint

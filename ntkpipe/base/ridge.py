@@ -30,11 +30,13 @@ def checked_ridge(ridge: float) -> float:
     return require_range("ridge", float(check_number("ridge", ridge, low=0.0)))
 
 
-def absolute_ridges(ridges: Sequence[float], scale: RidgeScale, diagonal: NDArray[np.float64]) -> NDArray[np.float64]:
+def absolute_ridges(
+    ridges: Sequence[float], scale: RidgeScale, diagonal: Callable[[], NDArray[Any]]
+) -> NDArray[np.float64]:
     """Convert ridges to what is added to the diagonal, in their order."""
     if not len(ridges):
         raise ConfigError("no ridge is given; needed at least one")
-    return np.array([absolute_ridge(float(ridge), scale, lambda: diagonal) for ridge in ridges])
+    return np.array([absolute_ridge(float(ridge), scale, diagonal) for ridge in ridges])
 
 
 def ridges_or(

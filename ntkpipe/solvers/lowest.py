@@ -27,10 +27,9 @@ class Lowest:
     rounding: float  # what rounding of factors and products in float64 does
     dtype: str  # of stored entries
 
-    @property
-    def ridge(self) -> float:
-        """What makes the matrix definite, by as much as it is not now; rounded up to two digits."""
-        return rounded_up(max(-2.0 * self.least, self.floor, self.rounding)) or 1.0
+    def ridge(self, least: float = 0.0) -> float:
+        """What makes the matrix definite, by as much as it is not now, and at least this; rounded up to two digits."""
+        return rounded_up(max(-2.0 * self.least, self.floor, self.rounding, least)) or 1.0
 
     @property
     def words(self) -> str:
@@ -55,9 +54,11 @@ def explained_by_rounding(floor: float, rounding: float) -> float:
 
 
 @single_threaded_blas()
-def lowest_eigenvalue(operator: Operator) -> Lowest:
-    """Estimate the smallest eigenvalue, once for a matrix and all ``K + shift I``."""
+def lowest_eigenvalue(operator: Operator, known: float | None = None) -> Lowest:
+    """Estimate the smallest eigenvalue where it is not known, once for a matrix and all ``K + shift I``."""
     base, shift = operator.unshifted
+    if known is not None:
+        base.lowest = known - shift, known - shift
     if base.lowest is None:
         base.lowest = _by_lapack(base) if base.num_rows <= _FEW_ROWS else _by_lanczos(base)
     most, least = (value + shift for value in base.lowest)

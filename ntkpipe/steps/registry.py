@@ -62,7 +62,7 @@ _ENTRIES = (
     ),
     Entry(
         "slq_logdet",
-        ".solvers.spectral.slq_logdet:slq_logdet",
+        ".solvers.spectral.logdet:slq_logdet",
         "log determinant of K + λI, estimated by stochastic Lanczos quadrature",
     ),
     Entry(

@@ -113,7 +113,7 @@ def test_it_is_found_once_for_a_matrix_and_its_shifts(rng):
     shifted = lowest_eigenvalue(operator.shifted(-2.0).shifted(-3.0))
     assert (shifted.most, shifted.least) == (first.most - 5.0, first.least - 5.0)
     assert operator.work.passes == before
-    assert shifted.ridge >= 5.0 - first.most
+    assert shifted.ridge() >= 5.0 - first.most
 
 
 def test_large_matrices_take_some_tens_of_passes(rng, monkeypatch):

@@ -34,7 +34,7 @@ def ridges_for(
     """Absolute ridges, those given or defaults in mean diagonals; and what options of a result say of them."""
     asked, scale = ridges_or(defaults, ridges, ridge_scale)
     options = {"ridges": [float(ridge) for ridge in asked], "ridge_scale": scale}
-    return absolute_ridges(asked, scale, diagonal), options
+    return absolute_ridges(asked, scale, lambda: diagonal), options
 
 
 @dataclass(frozen=True)

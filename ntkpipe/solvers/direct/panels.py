@@ -26,6 +26,7 @@ _CHUNKS_OF_PANEL = 16
 _DEPTH = 2  # chunks on their way while one is in use
 _WIDEST = 32768  # beyond it the 32-bit indices of scipy's BLAS come near, and nothing is gained
 _WIDTH_IN_MEMORY, _WIDER_IN_MEMORY = 1024, 2048
+_COLUMNS_AT_WORK = 3 * 1024  # of blocks, buffers and solves beside a factor in memory
 _NUM_CHECKPOINTS = 8  # so many panels, if they are not narrow, are checkpoints close enough to each other
 _WIDTHS = (2048, 256, 32, 1)
 
@@ -68,21 +69,10 @@ class Shape:
             yield slice(row, min(row + self.height, self.num_rows))
 
     @property
-    def chunk_bytes(self) -> int:
-        """Bytes of a chunk in memory."""
-        return self.width * self.height * _ITEM
-
-    @property
-    def factor_bytes(self) -> int:
-        """Bytes of all panels."""
+    def num_entries(self) -> int:
+        """Number of entries of all panels."""
         starts = range(0, self.num_rows, self.width)
-        return sum((self.num_rows - s) * min(self.width, self.num_rows - s) for s in starts) * _ITEM
-
-    def working_bytes(self, num_threads: int) -> int:
-        """Bytes beside the panels while a factor is made: a diagonal block, chunks on their way, products, solves."""
-        # One more chunk is for the padding of a ragged one when it is written.
-        block = self.width**2 * _ITEM if self.num_panels > 1 else 0
-        return block + (_DEPTH + 3) * self.chunk_bytes + num_threads * solve_bytes(self.width)
+        return sum((self.num_rows - s) * min(self.width, self.num_rows - s) for s in starts)
 
 
 class Panels(ABC):
@@ -92,7 +82,7 @@ class Panels(ABC):
         self.shape = shape
         self.traffic = Work()  # reads of the whole factor, and of bytes from files or object storage
         self.bytes_written = 0  # to files or object storage
-        self._num_entries = shape.factor_bytes // _ITEM
+        self._num_entries = shape.num_entries
 
     @abstractmethod
     def writing(self, panel: int, values: FloatArray) -> contextlib.AbstractContextManager[Callable[[slice], None]]:
@@ -198,14 +188,19 @@ def usual_shape(num_rows: int, panel_width: int | None) -> Shape:
     return Shape.of_width(num_rows, panel_width or default)
 
 
-def bytes_in_memory(shape: Shape, num_threads: int) -> int:
-    """Memory of a factorisation whose panels stay in memory."""
-    return shape.factor_bytes + shape.working_bytes(num_threads)
+def bytes_in_memory(shape: Shape) -> int:
+    """Memory of a factorisation whose panels stay in memory, ``4 n²`` bytes and some panels, whatever the threads."""
+    n = shape.num_rows
+    return _ITEM * n * n // 2 + _ITEM * n * min(n, max(_COLUMNS_AT_WORK, 2 * shape.width))
 
 
 def bytes_of_panel(shape: Shape, num_threads: int) -> int:
-    """Memory of a factorisation whose panels go to files."""
-    return shape.num_rows * min(shape.width, shape.num_rows) * _ITEM + shape.working_bytes(num_threads)
+    """Memory of a factorisation whose panels go to files: one, a diagonal block, chunks on their way, solves."""
+    block = shape.width**2 if shape.num_panels > 1 else 0
+    # One more chunk is for the padding of a ragged one when it is written.
+    chunks = (_DEPTH + 3) * shape.width * shape.height
+    panel = shape.num_rows * min(shape.width, shape.num_rows)
+    return _ITEM * (panel + block + chunks) + num_threads * solve_bytes(shape.width)
 
 
 def widest_shape(num_rows: int, room: int, num_threads: int) -> Shape:

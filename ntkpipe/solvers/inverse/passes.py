@@ -10,12 +10,11 @@ from ntkpipe.base.budget import Budget
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.inverse.contract import INDEFINITE, UNKNOWN, Fit, Inverse, Question, Verdict, WithError
-from ntkpipe.solvers.linear.cg import RECURRENCES
+from ntkpipe.solvers.linear.cg import RECURRENCES, Iterate, Iteration
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, default_rank, preconditioner_of
-from ntkpipe.solvers.linear.residual_replacement import Iterate, Iteration
 from ntkpipe.solvers.memory import bytes_of_solve
 from ntkpipe.solvers.result import Monitor, Step
-from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
+from ntkpipe.solvers.spectral.logdet import slq_logdet
 
 # Blocks of the shape of the right-hand sides, and of the preconditioner, that a solve has in memory at a time.
 BLOCKS, FACTORS = bytes_of_solve(1, 1, 0) // 8, bytes_of_solve(1, 0, 1) // 8

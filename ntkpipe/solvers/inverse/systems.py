@@ -20,12 +20,11 @@ from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, cholesky
 from ntkpipe.solvers.inverse.choice import cost_of_factor, cost_of_iterating, cost_of_iteration, hopeless_after
 from ntkpipe.solvers.inverse.contract import Verdict
-from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs, eigenpairs_fit
-from ntkpipe.solvers.inverse.factor import doubt_of
+from ntkpipe.solvers.inverse.exact import ByEigenpairs, doubt_of, eigenpairs_fit
 from ntkpipe.solvers.inverse.passes import Recurrence, iterate, recurrence_for
+from ntkpipe.solvers.linear.cg import IterationState
 from ntkpipe.solvers.linear.checkpoint import Stage, SystemCheckpoint, preconditioner_once
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, checked_rank, preconditioner_of
-from ntkpipe.solvers.linear.residual_replacement import IterationState
 from ntkpipe.solvers.memory import bytes_of_solve
 from ntkpipe.solvers.result import Monitor, Result, Status, Step
 
@@ -172,7 +171,7 @@ class Systems:
         if self._preconditioner is None and stages is not None and "preconditioner" in stages:
             self._preconditioner = self._make()
         in_files = options.path is not None
-        fits = in_files or bytes_of_cholesky(n) <= budget.room()
+        fits = in_files or budget.fits(bytes_of_cholesky(n))
         self._factoring = cost_of_factor(operator, budget, in_files=in_files) if fits else math.inf
         made = 0 if self._preconditioner else self._rank
         self._iterating = cost_of_iterating(operator, columns, self._rank, made, num_ridges)

@@ -7,8 +7,8 @@ import numpy as np
 
 from ntkpipe.base.operator import Work
 from ntkpipe.solvers.checkpoint import Journal, Stages, as_work
+from ntkpipe.solvers.linear.cg import IterationState
 from ntkpipe.solvers.linear.preconditioner import Preconditioner
-from ntkpipe.solvers.linear.residual_replacement import IterationState
 from ntkpipe.store.results import Checkpoint, as_integer, as_number
 
 # Conjugate gradients are running; were given up for a factor; or run since a factor was of no use.

@@ -8,9 +8,8 @@ from matrices import matrix_with_spectrum, power_law, spectra
 
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.solvers.linear.cg import RECURRENCES
+from ntkpipe.solvers.linear.cg import RECURRENCES, Iteration, Recurrence
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
-from ntkpipe.solvers.linear.residual_replacement import Iteration, Recurrence
 
 N = 240
 
@@ -273,7 +272,7 @@ class Boasting(Recurrence):
     """Halves the residual at each step, and says that it is a little less."""
 
     def __init__(self, solution, residual, factor):
-        super().__init__(solution, residual)
+        super().__init__(None, None, solution, residual)
         self._rhs, self._factor = residual + solution, factor
 
     def restart(self, columns):

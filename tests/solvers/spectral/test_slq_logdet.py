@@ -9,7 +9,7 @@ from matrices import matrix_with_spectrum, power_law, spectra
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
-from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
+from ntkpipe.solvers.spectral.logdet import slq_logdet
 
 
 def plain_logdet(matrix, **options):
