@@ -22,7 +22,7 @@ from ntkpipe.solvers.inverse.contract import INDEFINITE
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Status, ignore
 from ntkpipe.solvers.spectral.exponential import Flow
-from ntkpipe.solvers.spectral.krylov import BlockLanczos, Space, TopEigenvalue, is_due, steps_that_fit, take_steps
+from ntkpipe.solvers.spectral.krylov import BlockLanczos, Stepping, TopEigenvalue, is_due, steps_that_fit
 from ntkpipe.store.results import Checkpoint
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -153,10 +153,8 @@ def dynamics(
         raise ConfigError(f"learning_rate={learning_rate!r}; needed a positive number")
     most = steps_that_fit(operator.num_rows, columns.shape[1] + 1, max_passes, Budget.of(memory_limit))
     training = _Training(operator, columns, wanted, learning_rate, tol, most, seed)
-    decides: Any = {"function": "dynamics", "matrix": operator.identity(), "start": digest_of(columns)}
-    decides |= {"seed": None if training.top is None else seed}
-    how: Any = {"tol": tol, "monitor": monitor, "checkpoint": checkpoint, "decides": decides}
-    take_steps(training, training.spaces, operator, before, **how)
+    decides: Any = {"function": "dynamics", "start": digest_of(columns), "seed": None if training.top is None else seed}
+    training.run(before, monitor, checkpoint, **decides)
     flow, space, shape = training.flow(), training.space, (len(wanted), *shape)
     functions, coefficients, errors, defect = training.functions(flow)
     statuses, status, message = training.judge(flow, errors, "memory_limit" if most < max_passes else "max_passes")
@@ -179,7 +177,7 @@ def dynamics(
     )
 
 
-class _Training:
+class _Training(Stepping):
     """Krylov space of the scaled columns ``Y - f_0``, and the largest eigenvalue where no learning rate is given."""
 
     def __init__(
@@ -192,15 +190,14 @@ class _Training:
         max_steps: int,
         seed: int,
     ) -> None:
-        self._operator, self._times, self._given, self._tol = operator, times, learning_rate, tol
+        super().__init__(operator, tol)
+        self._times, self._given = times, learning_rate
         self._sizes = np.linalg.norm(columns, axis=0)
         self._units = columns / np.where(self._sizes > 0, self._sizes, 1.0)
         self._floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())
         self.space = BlockLanczos(self._units, max_steps)
         self.top = TopEigenvalue(operator.num_rows, seed) if learning_rate is None else None
-        self.spaces: dict[str, Space] = {"targets": self.space}
-        if self.top is not None:
-            self.spaces["top"] = self.top
+        self.spaces = {"targets": self.space} | ({} if self.top is None else {"top": self.top})
         self._error = math.inf
 
     @property

@@ -64,7 +64,7 @@ class Eigenpairs(Result):
         below, count = int((np.abs(values) < self.floor).sum()), len(values)
         which = "leading" if len(self.residuals) else "all"
         rows = [
-            ("eigenvalues", f"{count} {which}, {values[0]:.6g} to {values[-1]:.6g}"),
+            ("eigenvalues", f"{which} {count}, {values[0]:.6g} to {values[-1]:.6g}"),
             ("storage floor", f"{self.floor:.2g}, {below} of {count} eigenvalues below"),
         ]
         if len(self.residuals):

@@ -150,7 +150,7 @@ def density(
     values, vectors = _exact_pairs(top, n)
     counting = _Counting(operator, options, values, vectors)
     spliced = None if vectors is None else digest_of(vectors)
-    counting.run(before, monitor, checkpoint, function="density", top=spliced)
+    counting.run(before, monitor, checkpoint, function="density", probes=num_probes, seed=seed, top=spliced)
     status, message, resolved = _judge(counting.counts, n, tol, counting.limit)
     return Density(
         status=status,
@@ -189,8 +189,8 @@ class _Counting(Sampler):
         self.counts = _count(self.rule, self._values, n, thresholds)
         monte_carlo, truncation = self.counts.standard_errors, self.counts.truncation_errors
         worst = float((monte_carlo + truncation).max()) / n
-        is_enough = worst <= self._options.tol or bool((truncation <= monte_carlo / 4).all())
-        return worst, is_enough and self._options.num_steps is None
+        is_enough = worst <= self._tol or bool((truncation <= monte_carlo / 4).all())
+        return worst, is_enough and self._is_open
 
 
 def _count(rule: QuadratureRule, exact: FloatArray, num_rows: int, thresholds: FloatArray) -> Counts:

@@ -6,8 +6,7 @@ Spaces do not multiply but are given products, so that one pass can serve severa
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -187,49 +186,42 @@ class BlockLanczos:
 Space = ProbeLanczos | BlockLanczos
 
 
-class Stepping(Protocol):
-    """A calculation in Krylov spaces."""
+class Stepping(ABC):
+    """A calculation in Krylov spaces, of one pass a step."""
 
+    spaces: Mapping[str, Space]  # by the names under which they are saved
+
+    def __init__(self, operator: Operator, tol: float) -> None:
+        self._operator, self._tol = operator, tol
+
+    @abstractmethod
     def advance(self) -> None:
         """Take one pass."""
 
+    @abstractmethod
     def look(self) -> tuple[float | None, bool]:
         """Return the error, and whether no more steps are needed."""
 
-
-def take_steps(
-    task: Stepping,
-    spaces: Mapping[str, Space],
-    operator: Operator,
-    before: Work,
-    tol: float,
-    monitor: Monitor,
-    checkpoint: Checkpoint | None,
-    decides: Mapping[str, Any],
-) -> None:
-    """Advance until it is enough; spaces are saved after each step, and restored at the beginning."""
-    journal = Journal(checkpoint, decides)
-    with journal.reading():
-        for name, state in as_mapping((journal.earlier or {"spaces": {}})["spaces"]).items():
-            space, num_steps = spaces[name], as_integer(state["num_steps"])
-            if num_steps > space.max_steps:
-                raise ConfigError(
-                    f"{checkpoint!r} has {num_steps} steps, and {space.max_steps} are allowed; raise max_passes, "
-                    "num_steps or memory_limit"
-                )
-            space.restore(partial(_get, journal, name), state)
-    error, is_done = task.look()
-    while not is_done:
-        task.advance()
-        taken = {name: space for name, space in spaces.items() if space.num_steps}
-        arrays = {f"{name}_{at}": values for name, space in taken.items() for at, values in space.arrays().items()}
-        journal.save({"spaces": {name: space.state() for name, space in taken.items()}}, arrays)
-        error, is_done = task.look()
-        monitor(Step(operator.work - before, error, tol))
-
-
-def _get(journal: Journal, space: str, name: str, shape: tuple[int, ...]) -> FloatArray:
-    return journal.get(f"{space}_{name}", shape)
+    def run(self, before: Work, monitor: Monitor, checkpoint: Checkpoint | None, **decides: Any) -> None:
+        """Advance until it is enough; spaces are saved after each step, and restored at the beginning."""
+        journal = Journal(checkpoint, {"matrix": self._operator.identity(), **decides})
+        with journal.reading():
+            for name, state in as_mapping((journal.earlier or {"spaces": {}})["spaces"]).items():
+                space, num_steps = self.spaces[name], as_integer(state["num_steps"])
+                if num_steps > space.max_steps:
+                    raise ConfigError(
+                        f"{checkpoint!r} has {num_steps} steps, and {space.max_steps} are allowed; raise max_passes, "
+                        "num_steps or memory_limit"
+                    )
+                space.restore(journal.getter(f"{name}_"), state)
+        error, is_done = self.look()
+        while not is_done:
+            self.advance()
+            taken = {name: space for name, space in self.spaces.items() if space.num_steps}
+            arrays = {f"{name}_{at}": values for name, space in taken.items() for at, values in space.arrays().items()}
+            journal.save({"spaces": {name: space.state() for name, space in taken.items()}}, arrays)
+            error, is_done = self.look()
+            monitor(Step(self._operator.work - before, error, self._tol))
 
 
 @dataclass(frozen=True)
@@ -251,24 +243,20 @@ class Sampling:
             check_number("num_steps", self.num_steps, low=1)
 
 
-class Sampler(ABC):
+class Sampler(Stepping):
     """An estimate from Lanczos processes of Rademacher probes, with as many steps as options and memory allow."""
 
     def __init__(self, operator: Operator, options: Sampling, deflate: FloatArray | None = None) -> None:
+        super().__init__(operator, options.tol)
         wanted = min(options.num_steps or options.max_passes, operator.num_rows)
         most = steps_that_fit(operator.num_rows, options.num_probes, wanted, options.budget)
         shape = operator.num_rows, options.num_probes
         probes = np.random.default_rng(options.seed).choice(np.array([-1.0, 1.0]), shape)
         self.lanczos = ProbeLanczos(probes, most, deflate)
+        self.spaces = {"probes": self.lanczos}
         self.limit = "memory_limit" if most < wanted else "num_steps or max_passes"
-        self._operator, self._options = operator, options
+        self._is_open = options.num_steps is None  # whether the estimate decides how many steps there are
         self._error: float | None = None
-
-    def run(self, before: Work, monitor: Monitor, checkpoint: Checkpoint | None, **decides: Any) -> None:
-        """Take the steps; ``decides`` is what a checkpoint must have been made with, beside probes and matrix."""
-        decides |= {"matrix": self._operator.identity(), "probes": self._options.num_probes, "seed": self._options.seed}
-        spaces, tol = {"probes": self.lanczos}, self._options.tol
-        take_steps(self, spaces, self._operator, before, tol, monitor, checkpoint, decides)
 
     def advance(self) -> None:
         """See :class:`Stepping`."""

@@ -148,7 +148,8 @@ def slq_logdet(
     sampling = _Sampling(operator, options, preconditioner, ridge)
     # Preconditioners of equal rank, shift and determinant are taken for the same.
     chosen = None if preconditioner is None else [preconditioner.rank, sampling.scale, sampling.known]
-    sampling.run(before, monitor, checkpoint, function="logdet", ridge=ridge, preconditioner=chosen)
+    decides: Any = {"function": "logdet", "probes": num_probes, "seed": seed, "ridge": ridge, "preconditioner": chosen}
+    sampling.run(before, monitor, checkpoint, **decides)
     found, used = sampling.estimate, preconditioner.rank if preconditioner else 0
     status, message = _judge(found, n, tol, sampling.floor / sampling.scale, sampling.limit)
     return LogDeterminantEstimate(
@@ -192,9 +193,8 @@ class _Sampling(Sampler):
     def _estimate(self, steps: int) -> tuple[float, bool]:
         n = self._operator.num_rows
         found = self.estimate = _Estimate(self.lanczos, self._end, self.known)
-        is_enough = found.truncation <= max(found.standard_error / 4, self._options.tol * n / 20)
-        is_enough = is_enough and self._options.num_steps is None
-        return (found.standard_error + found.truncation) / n, is_enough or not found.is_positive
+        is_enough = found.truncation <= max(found.standard_error / 4, self._tol * n / 20)
+        return (found.standard_error + found.truncation) / n, (is_enough and self._is_open) or not found.is_positive
 
 
 class _Estimate:
