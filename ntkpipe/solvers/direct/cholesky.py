@@ -19,14 +19,18 @@ from ntkpipe.base.resources import format_bytes, num_cores
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.operators.blas import Pool
 from ntkpipe.solvers.direct.factor import CholeskyFactor
-from ntkpipe.solvers.direct.factor_folder import FACTOR_ARRAY, FactorFolder, FactorState, Pivots, require_same
 from ntkpipe.solvers.direct.panels import (
+    FACTOR_ARRAY,
+    FactorFolder,
+    FactorState,
     Panels,
     PanelsInMemory,
+    Pivots,
     Shape,
     StoredPanels,
     bytes_in_memory,
     bytes_of_panel,
+    require_same,
     usual_shape,
     widest_shape,
 )

@@ -16,10 +16,10 @@ from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.memory import bytes_of_density as bytes_of_density
+from ntkpipe.solvers.probe_lanczos import QuadratureRule, gauss_rule
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
 from ntkpipe.solvers.spectral.krylov import Sampler, Sampling
-from ntkpipe.solvers.spectral.quadrature import QuadratureRule, gauss_rule
 from ntkpipe.store.results import Checkpoint
 
 _NUM_THRESHOLDS = 64  # from the floor to the largest eigenvalue: there counts must have settled

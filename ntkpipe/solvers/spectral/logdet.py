@@ -16,11 +16,10 @@ from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, preconditioner_of
-from ntkpipe.solvers.probe_lanczos import ProbeLanczos
+from ntkpipe.solvers.probe_lanczos import ProbeLanczos, gauss_rule, radau_rule
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
 from ntkpipe.solvers.spectral.krylov import Sampler, Sampling
-from ntkpipe.solvers.spectral.quadrature import gauss_rule, radau_rule
 from ntkpipe.store.results import Checkpoint
 
 _EPS = float(np.finfo(np.float64).eps)
