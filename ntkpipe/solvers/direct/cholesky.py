@@ -24,7 +24,6 @@ from ntkpipe.solvers.direct.panels import (
     FactorFolder,
     FactorState,
     Panels,
-    PanelsInMemory,
     Pivots,
     Shape,
     StoredPanels,
@@ -142,7 +141,7 @@ def _opened(task: _Task, path: str | Path | None) -> Iterator[None]:
                 f"{format_bytes(max(0, task.room))} may be used. Give path=, a folder: the factor is then written "
                 "there in panels that fit"
             )
-        task.panels, task.state = PanelsInMemory(shape), task.begin(shape)
+        task.panels, task.state = Panels(shape), task.begin(shape)
         yield
         return
     folder = FactorFolder(path)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.errors import NonFiniteError, SelfCheckError
 from ntkpipe.base.operator import Operator
@@ -119,11 +119,10 @@ def _read(operator: Operator) -> tuple[FloatArray, float, float]:
     num_rows = operator.num_rows
     upper = np.zeros((num_rows, num_rows))
     trace, squared = 0.0, 0.0
-    for first in range(0, num_rows, _ROWS_AT_ONCE):
-        stop = min(first + _ROWS_AT_ONCE, num_rows)
-        panel = operator.block(slice(first, stop), slice(first, num_rows))
-        upper[first:stop, first:] = panel
-        square, rest = panel[:, : stop - first], panel[:, stop - first :]
+    for rows in runs(num_rows, _ROWS_AT_ONCE):
+        panel = operator.block(rows, slice(rows.start, num_rows))
+        upper[rows, rows.start :] = panel
+        square, rest = np.split(panel, [len(panel)], axis=1)
         trace += float(square.trace())
         squared += float(np.einsum("ij,ij->", square, square)) + 2 * float(np.einsum("ij,ij->", rest, rest))
     if not np.isfinite(squared):

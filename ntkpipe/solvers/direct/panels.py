@@ -1,13 +1,12 @@
 """A lower triangular factor in panels of columns: how wide they are, and where they are, in memory or in a folder."""
 
 import contextlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,7 +39,6 @@ _DOCUMENT = "zarr.json"
 _FORMAT = 1
 _MOST_TEXT = 2000
 _MOST_ROWS_OF_A_FACTOR = 2**40
-_PIVOTS = ("logdet", "smallest", "largest")
 
 PanelChunk = tuple[int, slice, FloatArray]  # a panel, a range of its rows, and their entries
 
@@ -87,43 +85,28 @@ class Shape:
         return sum((self.num_rows - s) * min(self.width, self.num_rows - s) for s in starts)
 
 
-class Panels(ABC):
-    """The panels of a factor: written once in order, read chunk by chunk."""
+class Panels:
+    """The panels of a factor: written once in order, read chunk by chunk; these are arrays of this process."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.traffic = Work()  # reads of the whole factor, and of bytes from files or object storage
         self.bytes_written = 0  # to files or object storage
         self._num_entries = shape.num_entries
-
-    @abstractmethod
-    def writing(self, panel: int, values: FloatArray) -> contextlib.AbstractContextManager[Callable[[slice], None]]:
-        """Store a panel, shape (n - first column, width), chunk by chunk as they are ready.
-
-        The context gives a function to call with the rows of each chunk, which must not change afterwards. At the end
-        all of them are stored, or an error is raised.
-        """
-
-    @abstractmethod
-    def read(self, requests: Iterable[tuple[int, slice]]) -> Generator[PanelChunk]:
-        """Yield chunks by panel and rows in the order requested, each valid until the next is requested."""
-
-
-class PanelsInMemory(Panels):
-    """Panels as arrays of this process."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape)
         self._values: dict[int, FloatArray] = {}
 
     @contextlib.contextmanager
     def writing(self, panel: int, values: FloatArray) -> Iterator[Callable[[slice], None]]:
-        """See :meth:`Panels.writing`; nothing is copied."""
+        """Store a panel, shape (n - first column, width), chunk by chunk as they are ready; nothing is copied.
+
+        The context gives a function to call with the rows of each chunk, which must not change afterwards. At the end
+        all of them are stored, or an error is raised.
+        """
         yield lambda rows: None
         self._values[panel] = values
 
     def read(self, requests: Iterable[tuple[int, slice]]) -> Generator[PanelChunk]:
-        """See :meth:`Panels.read`."""
+        """Yield chunks by panel and rows in the order requested, each valid until the next is requested."""
         for panel, rows in requests:
             start = self.shape.columns(panel).start
             values = self._values[panel][rows.start - start : rows.stop - start]
@@ -226,8 +209,7 @@ def widest_shape(num_rows: int, room: int, num_threads: int) -> Shape:
     return Shape.of_width(num_rows, 1)
 
 
-@dataclass(frozen=True)
-class Pivots:
+class Pivots(NamedTuple):
     """Summary of the diagonal of a panel."""
 
     logdet: float  # 2 Σ log L_ii
@@ -255,7 +237,7 @@ class FactorState:
             "num_rows": self.shape.num_rows,
             "panel_width": self.shape.width,
             "chunk_rows": self.shape.height,
-            "panels": [asdict(pivots) for pivots in self.panels],
+            "panels": [pivots._asdict() for pivots in self.panels],
         }
 
     @classmethod
@@ -270,7 +252,7 @@ class FactorState:
         if not is_cut or shape.num_rows >= _MOST_ROWS_OF_A_FACTOR or len(panels) > shape.num_panels:
             raise ValueError(f"panels of {shape.width} columns in chunks of {shape.height} rows")
         ridge, jitter = as_number(found["ridge"]), as_number(found["jitter"])
-        pivots = (Pivots(*(as_number(panel[name]) for name in _PIVOTS)) for panel in panels)
+        pivots = (Pivots(*(as_number(panel[name]) for name in Pivots._fields)) for panel in panels)
         return cls(matrix, ridge, jitter, shape, tuple(pivots))
 
 

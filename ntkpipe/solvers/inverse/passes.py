@@ -12,12 +12,10 @@ from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.inverse.contract import INDEFINITE, UNKNOWN, Fit, Inverse, Question, Verdict, WithError
 from ntkpipe.solvers.linear.cg import RECURRENCES, Iterate, Iteration
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, default_rank, preconditioner_of
-from ntkpipe.solvers.memory import bytes_of_solve
+from ntkpipe.solvers.memory import BLOCKS, FACTORS
 from ntkpipe.solvers.result import Monitor, Step
 from ntkpipe.solvers.spectral.logdet import slq_logdet
 
-# Blocks of the shape of the right-hand sides, and of the preconditioner, that a solve has in memory at a time.
-BLOCKS, FACTORS = bytes_of_solve(1, 1, 0) // 8, bytes_of_solve(1, 0, 1) // 8
 # Share of the free memory, so that there is room for what else the process does.
 _SHARE = 0.9
 _MOST_COLUMNS = 256

@@ -29,12 +29,7 @@ from ntkpipe.solvers.memory import bytes_of_solve
 from ntkpipe.solvers.result import Monitor, Result, Status, Step
 
 SolveMethod = Literal["auto", "eigh", "cholesky", "pcg", "block_cg"]
-_WORDS = {
-    "eigh": "the minimum norm",
-    "cholesky": "Cholesky",
-    "pcg": "conjugate gradients",
-    "block_cg": "conjugate gradients",
-}
+_WORDS = {"eigh": "the minimum norm", "cholesky": "Cholesky"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +189,7 @@ class Systems:
                 best = found, self._why
             if found.status in {"converged", "step limit"}:
                 break
-            self._why = f"{_WORDS[found.method]} left a residual of {found.worst:.2g}"
+            self._why = f"{_WORDS.get(found.method, 'conjugate gradients')} left a residual of {found.worst:.2g}"
         assert best is not None
         return self._solution(ridge, *best)
 

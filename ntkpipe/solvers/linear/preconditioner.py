@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, Work
@@ -120,7 +120,7 @@ def randomly_pivoted_cholesky(
         if not len(pivots):
             break
         found = factor[:, done : done + len(pivots)]
-        for rows in _row_blocks(n):
+        for rows in runs(n, _ROWS_AT_ONCE):
             found[rows] = _solve_rows(lower, columns[rows, pivots])
         del columns
         residual -= np.einsum("ij,ij->i", found, found)
@@ -220,7 +220,7 @@ def _shifted_factor(test: FloatArray, product: FloatArray) -> tuple[FloatArray, 
                 break
             continue
         factor = np.empty_like(product)
-        for rows in _row_blocks(len(product)):
+        for rows in runs(len(product), _ROWS_AT_ONCE):
             factor[rows] = _solve_rows(lower, product[rows] + shift * test[rows])
         return factor, shift
     raise ConfigError("the matrix is far from positive semi-definite; needed a kernel: it has no Nyström approximation")
@@ -232,13 +232,9 @@ def _left_singular(factor: FloatArray) -> tuple[FloatArray, FloatArray]:
         return np.zeros(factor.shape), np.zeros(0)
     vectors, upper = np.linalg.qr(factor)
     rotation, sizes, _ = np.linalg.svd(upper)
-    for rows in _row_blocks(len(vectors)):
+    for rows in runs(len(vectors), _ROWS_AT_ONCE):
         vectors[rows] = vectors[rows] @ rotation
     return vectors, sizes**2
-
-
-def _row_blocks(num_rows: int) -> list[slice]:
-    return [slice(first, first + _ROWS_AT_ONCE) for first in range(0, num_rows, _ROWS_AT_ONCE)]
 
 
 def _solve_rows(lower: NDArray[Any], rows: FloatArray) -> FloatArray:

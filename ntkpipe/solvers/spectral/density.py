@@ -15,7 +15,6 @@ from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.eigenpairs import Eigenpairs
-from ntkpipe.solvers.memory import bytes_of_density as bytes_of_density
 from ntkpipe.solvers.probe_lanczos import QuadratureRule, gauss_rule
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore

@@ -58,20 +58,15 @@ class TopEigenvalue(ProbeLanczos):
     @property
     def value(self) -> float:
         """The largest Ritz value; zero before the first step."""
-        return self._look()[0]
+        return float(self.ritz()[0][-1]) if self.num_steps else 0.0
 
     @property
     def is_settled(self) -> bool:
         """Whether more steps are of no use."""
-        return self._look()[1]
-
-    def _look(self) -> tuple[float, bool]:
         if not self.num_steps:
-            return 0.0, False
-        values, residuals = self.ritz()
-        gap, value = residuals[-1], float(values[-1])
+            return False
         is_last = self.num_steps == self.max_steps or self.ended.all()
-        return value, bool(is_last or gap <= _RATE_TOLERANCE * abs(value))
+        return bool(is_last or self.ritz()[1][-1] <= _RATE_TOLERANCE * abs(self.value))
 
 
 class BlockLanczos:
