@@ -16,7 +16,7 @@ from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, preconditioner_of
-from ntkpipe.solvers.probe_lanczos import ProbeLanczos, gauss_rule, radau_rule
+from ntkpipe.solvers.probe_lanczos import gauss_rule, radau_rule
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore
 from ntkpipe.solvers.spectral.krylov import Sampler, Sampling
@@ -149,40 +149,37 @@ def slq_logdet(
     chosen = None if preconditioner is None else [preconditioner.rank, sampling.scale, sampling.known]
     decides: Any = {"function": "logdet", "probes": num_probes, "seed": seed, "ridge": ridge, "preconditioner": chosen}
     sampling.run(before, monitor, checkpoint, **decides)
-    found, used = sampling.estimate, preconditioner.rank if preconditioner else 0
-    status, message = _judge(found, n, tol, sampling.floor / sampling.scale, sampling.limit)
+    (status, message), used = sampling.judge(), preconditioner.rank if preconditioner else 0
     return LogDeterminantEstimate(
         status=status,
         message=message,
         options={"preconditioner": getattr(named, "method", named), "rank": used},
-        value=float(found.samples.mean()),
-        standard_error=found.standard_error,
-        truncation_error=found.truncation,
-        lower=found.lower,
-        upper=float(found.samples.mean()),
-        samples=found.samples,
-        half_samples=found.half_samples,
+        value=float(sampling.samples.mean()),
+        standard_error=sampling.standard_error,
+        truncation_error=sampling.truncation,
+        lower=sampling.lower,
+        upper=float(sampling.samples.mean()),
+        samples=sampling.samples,
+        half_samples=sampling.half_samples,
         ridge=ridge,
         num_rows=n,
         num_steps=sampling.lanczos.num_steps,
         rank=used,
-        smallest_ritz=found.smallest,
+        smallest_ritz=sampling.smallest,
     )
 
 
 class _Sampling(Sampler):
-    """Sampling of ``P^-1/2 (K + λ I) P^-1/2``."""
-
-    estimate: "_Estimate"  # from the first step on
+    """The estimate from the steps taken, of a known part and the trace of ``log P^-1/2 (K + λ I) P^-1/2``."""
 
     def __init__(
         self, operator: Operator, options: Sampling, preconditioner: Preconditioner | None, ridge: float
     ) -> None:
         super().__init__(operator, options)
         self._preconditioner, self._shifted = preconditioner, operator.shifted(ridge)
-        self.floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())
+        floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())
         self.scale, self.known = (1.0, 0.0) if preconditioner is None else (preconditioner.mu, preconditioner.logdet())
-        end = (ridge - self.floor) / self.scale
+        self._floor, end = floor / self.scale, (ridge - floor) / self.scale
         self._end = end if preconditioner is None else min(end, 1.0)
 
     def _multiply(self, block: FloatArray) -> FloatArray:
@@ -190,56 +187,50 @@ class _Sampling(Sampler):
         return whiten(self._shifted.matmat(whiten(block))) if whiten else self._shifted.matmat(block)
 
     def _estimate(self, steps: int) -> tuple[float, bool]:
-        n = self._operator.num_rows
-        found = self.estimate = _Estimate(self.lanczos, self._end, self.known)
-        is_enough = found.truncation <= max(found.standard_error / 4, self._tol * n / 20)
-        return (found.standard_error + found.truncation) / n, (is_enough and self._is_open) or not found.is_positive
-
-
-class _Estimate:
-    """Estimate from the steps taken; ``known`` is the part that is exact."""
-
-    def __init__(self, lanczos: ProbeLanczos, end: float, known: float) -> None:
-        steps = lanczos.num_steps
+        lanczos, num_rows = self.lanczos, self._operator.num_rows
         coefficients = lanczos.coefficients(steps)
         rule = gauss_rule(*coefficients, lanczos.squared_norms)
-        self.smallest = float(rule.nodes.min())
-        self.is_positive = self.smallest > 0
-        self.lower = -math.inf
-        if not self.is_positive:
+        self.smallest, self.lower = float(rule.nodes.min()), -math.inf
+        if not self.smallest > 0:
             self.samples = self.half_samples = np.full(len(rule.nodes), math.nan)
             self.standard_error = self.truncation = math.inf
-            return
-        self.samples = known + rule.integrate(np.log)
+            return math.inf, True
+        self.samples = self.known + rule.integrate(np.log)
         half = gauss_rule(*lanczos.coefficients(max(1, steps // 2)), lanczos.squared_norms)
-        self.half_samples = known + half.integrate(np.log)
+        self.half_samples = self.known + half.integrate(np.log)
         self.standard_error = float(self.samples.std(ddof=1)) / math.sqrt(len(self.samples))
         change = abs(float((self.half_samples - self.samples).mean()))
         self.truncation = 2 * change if steps >= _FEWEST_STEPS else math.inf
         if lanczos.ended.all():
             self.truncation, self.lower = 0.0, float(self.samples.mean())
-        elif 0 < end < self.smallest:
-            below = radau_rule(*coefficients, lanczos.squared_norms, end)
-            self.lower = known + float(below.integrate(np.log).mean())
+        elif 0 < self._end < self.smallest:
+            below = radau_rule(*coefficients, lanczos.squared_norms, self._end)
+            self.lower = self.known + float(below.integrate(np.log).mean())
             self.truncation = min(self.truncation, max(0.0, float(self.samples.mean()) - self.lower))
+        is_enough = self.truncation <= max(self.standard_error / 4, self._tol * num_rows / 20)
+        return (self.standard_error + self.truncation) / num_rows, is_enough and self._is_open
 
-
-def _judge(found: _Estimate, num_rows: int, tol: float, floor: float, limit: str) -> tuple[Status, str]:
-    """Status and message; Ritz values up to ``floor`` cannot be told from zero."""
-    if not found.is_positive:
-        why = f"a Ritz value is {found.smallest:.3g}: the matrix is not positive definite"
-        return "indefinite at storage precision", f"{why}, and has no log determinant; give a larger ridge"
-    if found.smallest <= floor:
-        why = f"the smallest Ritz value, {found.smallest:.3g}, is not known from zero (floor {floor:.3g})"
-        return "indefinite at storage precision", f"{why}, nor is its logarithm; give a larger ridge"
-    error = (found.standard_error + found.truncation) / num_rows
-    said = f"the errors add up to {error:.2g} n"
-    if found.truncation > max(found.standard_error, tol * num_rows / 10):
-        return "step limit", f"{said}, most of it truncation: {limit} ended it; give more steps or a preconditioner"
-    if error > tol:
-        factor = (found.standard_error / max(tol * num_rows - found.truncation, 1e-3 * tol * num_rows + 1e-300)) ** 2
-        return "not converged", f"{said}, most of it Monte-Carlo error; give {max(factor, 1.1):.2g} times the probes"
-    return "converged", f"{said}, at most the {tol:.2g} n asked for"
+    def judge(self) -> tuple[Status, str]:
+        """Status and message; Ritz values up to the floor cannot be told from zero."""
+        if not self.smallest > 0:
+            why = f"a Ritz value is {self.smallest:.3g}: the matrix is not positive definite"
+            return "indefinite at storage precision", f"{why}, and has no log determinant; give a larger ridge"
+        if self.smallest <= self._floor:
+            why = f"the smallest Ritz value, {self.smallest:.3g}, is not known from zero (floor {self._floor:.3g})"
+            return "indefinite at storage precision", f"{why}, nor is its logarithm; give a larger ridge"
+        wanted = self._tol * self._operator.num_rows
+        error = (self.standard_error + self.truncation) / self._operator.num_rows
+        said = f"the errors add up to {error:.2g} n"
+        if self.truncation > max(self.standard_error, wanted / 10):
+            advice = f"{self.limit} ended it; give more steps or a preconditioner"
+            return "step limit", f"{said}, most of it truncation: {advice}"
+        if error > self._tol:
+            factor = (self.standard_error / max(wanted - self.truncation, 1e-3 * wanted + 1e-300)) ** 2
+            return (
+                "not converged",
+                f"{said}, most of it Monte-Carlo error; give {max(factor, 1.1):.2g} times the probes",
+            )
+        return "converged", f"{said}, at most the {self._tol:.2g} n asked for"
 
 
 @recorded(keep_tiles=lambda given: given["method"] == "slq")
