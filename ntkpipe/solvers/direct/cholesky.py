@@ -34,7 +34,7 @@ from ntkpipe.solvers.direct.panels import (
     widest_shape,
 )
 from ntkpipe.solvers.direct.triangular import ROWS_OF_THREAD, NotPositiveError, factor_in_place
-from ntkpipe.solvers.lowest import lowest_eigenvalue
+from ntkpipe.solvers.probe_lanczos import lowest_eigenvalue
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, Step, ignore
 

@@ -18,7 +18,7 @@ from ntkpipe.solvers.direct.eigh import eigh
 from ntkpipe.solvers.direct.factor import CholeskyFactor
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.contract import INDEFINITE, UNKNOWN, Fit, Inverse, Question, Verdict, WithError
-from ntkpipe.solvers.lowest import lowest_eigenvalue
+from ntkpipe.solvers.probe_lanczos import lowest_eigenvalue
 from ntkpipe.solvers.result import Monitor
 
 _EPS = float(np.finfo(np.float64).eps)

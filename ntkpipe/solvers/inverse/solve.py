@@ -18,8 +18,7 @@ from ntkpipe.base.targets import Task
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.blocks import as_block, as_targets
 from ntkpipe.solvers.checkpoint import Stages
-from ntkpipe.solvers.inverse.systems import Solution, SolutionPath, SolveMethod, SolveOptions, Systems
-from ntkpipe.solvers.linear.checkpoint import SystemCheckpoint
+from ntkpipe.solvers.inverse.systems import Solution, SolutionPath, SolveMethod, SolveOptions, SystemCheckpoint, Systems
 from ntkpipe.solvers.linear.preconditioner import Preconditioner
 from ntkpipe.solvers.recording import recorded
 from ntkpipe.solvers.result import Monitor, ignore

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,19 +16,29 @@ from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ConfigError, IndefiniteError, ResourceError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows
-from ntkpipe.solvers.checkpoint import Stages
+from ntkpipe.solvers.checkpoint import Journal, Stages, as_work
 from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, cholesky
 from ntkpipe.solvers.inverse.choice import cost_of_factor, cost_of_iterating, cost_of_iteration, hopeless_after
 from ntkpipe.solvers.inverse.contract import Verdict
 from ntkpipe.solvers.inverse.exact import ByEigenpairs, doubt_of, eigenpairs_fit
 from ntkpipe.solvers.inverse.passes import Recurrence, iterate, recurrence_for
 from ntkpipe.solvers.linear.cg import IterationState
-from ntkpipe.solvers.linear.checkpoint import Stage, SystemCheckpoint, preconditioner_once
-from ntkpipe.solvers.linear.preconditioner import Preconditioner, checked_rank, preconditioner_of
+from ntkpipe.solvers.linear.preconditioner import (
+    Preconditioner,
+    checked_rank,
+    preconditioner_from,
+    preconditioner_of,
+    preconditioner_once,
+    saved_of,
+)
 from ntkpipe.solvers.memory import bytes_of_solve
 from ntkpipe.solvers.result import Monitor, Result, Status, Step
+from ntkpipe.store.results import Checkpoint, as_integer, as_number
 
 SolveMethod = Literal["auto", "eigh", "cholesky", "pcg", "block_cg"]
+# Conjugate gradients are running; were given up for a factor; or run since a factor was of no use.
+Stage = Literal["iterating", "given up", "no factor"]
+_PROGRESS = ("solution", "history", "checks", "check_residuals")
 _WORDS = {"eigh": "the minimum norm", "cholesky": "Cholesky"}
 
 
@@ -123,6 +133,64 @@ class SolveOptions:
         if isinstance(self.preconditioner, Preconditioner):
             return self.preconditioner.rank
         return checked_rank(self.rank, operator.num_rows)
+
+
+class SystemCheckpoint:
+    """The state of one system and its checkpoint, if there is one; an earlier state is read at once."""
+
+    def __init__(self, checkpoint: Checkpoint | None, decides: Mapping[str, Any], shape: tuple[int, int]) -> None:
+        self._journal = Journal(checkpoint, decides)
+        self._number = 0
+        self.preconditioner: Preconditioner | None = None  # made here, not given
+        self.progress: IterationState | None = None
+        self.stage: Stage | None = None
+        self.why = ""
+        self.work, self.seconds, self.made = Work(), 0.0, Work()
+        if self._journal.earlier is not None:
+            with self._journal.reading():
+                self._read(self._journal.earlier, shape)
+
+    def _read(self, state: Mapping[str, Any], shape: tuple[int, int]) -> None:
+        if state["stage"] not in get_args(Stage) or not isinstance(state["why"], str):
+            raise ValueError(f"its stage is {str(state['stage'])[:40]!r}")
+        self.stage, self.why = cast(Stage, state["stage"]), state["why"]
+        self.work, self.seconds, self.made = as_work(state["work"]), as_number(state["seconds"]), as_work(state["made"])
+        if (made := state["preconditioner"]) is not None:
+            get, rank = self._journal.getter("preconditioner-"), as_integer(made["rank"])
+            arrays = {"vectors": get("vectors", (shape[0], rank)), "values": get("values", (rank,))}
+            self.preconditioner = preconditioner_from({**made, **arrays})
+        if (at := state["progress"]) is not None:
+            self._number, columns = as_integer(at["number"]), shape[1]
+            iterations, num_checks = as_integer(at["iterations"]), as_integer(at["num_checks"])
+            get, prefix = self._journal.get, f"progress-{self._number}"
+            self.progress = IterationState(
+                solution=get(f"{prefix}-solution", shape),
+                # NaN in columns that have overflowed.
+                history=get(f"{prefix}-history", (iterations, columns), allow_nan=True),
+                checks=get(f"{prefix}-checks", (num_checks,), dtype=np.int64),
+                check_residuals=get(f"{prefix}-check_residuals", (num_checks, columns)),
+                replacements=as_integer(at["replacements"]),
+                passes=as_integer(at["passes"]),
+            )
+
+    def save(self, stage: Stage, why: str, work: Work, seconds: float, progress: IterationState | None = None) -> None:
+        """Replace the state, and that of the iteration if one is given."""
+        self.stage, self.why = stage, why
+        if progress is not None:
+            # With new names, since arrays of the committed state must stay until the next state is committed.
+            self.progress, self._number = progress, self._number + 1
+        state: dict[str, Any] = {"stage": stage, "why": why, "work": work, "seconds": seconds, "made": self.made}
+        state |= {"preconditioner": None, "progress": None}
+        arrays: dict[str, Any] = {}
+        if (made := self.preconditioner) is not None:
+            saved = saved_of(made)
+            arrays |= {f"preconditioner-{name}": saved.pop(name) for name in ("vectors", "values")}
+            state["preconditioner"] = saved
+        if (at := self.progress) is not None:
+            sizes = {"number": self._number, "iterations": at.iterations, "num_checks": len(at.checks)}
+            state["progress"] = {**sizes, "replacements": at.replacements, "passes": at.passes}
+            arrays |= {f"progress-{self._number}-{name}": getattr(at, name) for name in _PROGRESS}
+        self._journal.save(state, arrays)
 
 
 class _UnfitError(Exception):

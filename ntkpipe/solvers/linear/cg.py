@@ -12,7 +12,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.ranges import column_norms
 from ntkpipe.solvers.linear.preconditioner import Preconditioner
-from ntkpipe.solvers.lowest import lowest_eigenvalue
+from ntkpipe.solvers.probe_lanczos import lowest_eigenvalue
 from ntkpipe.solvers.result import Monitor, Status, Step, ignore
 
 _EPS = float(np.finfo(np.float64).eps)

@@ -1,8 +1,9 @@
 """Preconditioners of K + λI: a low-rank approximation of K plus a multiple of the identity."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.ridge import checked_ridge
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import as_operator
+from ntkpipe.solvers.checkpoint import Stages, as_work
+from ntkpipe.store.results import as_number
 
 _MOST_RANK = 1000
 _LEAST_COLUMNS_PER_RANK = 10
@@ -22,6 +25,9 @@ _CANDIDATES = 2  # for each pivot of a round; they cost memory, not passes
 _NOISE = 4.0  # a residual diagonal below this multiple of the rounding of an entry is noise
 _ROWS_AT_ONCE = 16384
 _MOST_SHIFTS = 20
+
+
+PreconditionerMethod = Literal["rpcholesky", "nystrom"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +38,7 @@ class Preconditioner:
     values: FloatArray  # eigenvalues of F F', shape (rank,), descending
     tail: float  # mean of the diagonal of K - F F', but not less than the storage floor of K
     ridge: float  # λ
-    method: Literal["rpcholesky", "nystrom"]  # how F was made
+    method: PreconditionerMethod  # how F was made
     shift: float  # what was added to K to make a Nyström approximation stable and was subtracted again; 0 otherwise
     work: Work  # cost of making it
     seconds: float
@@ -257,3 +263,29 @@ def preconditioner_of(operator: Operator, method: str, rank: int | None, *, ridg
     """Make the preconditioner of this name."""
     makers = {"rpcholesky": randomly_pivoted_cholesky, "nystrom": nystrom}
     return makers[method](operator, rank, ridge=ridge, seed=seed)
+
+
+def saved_of(made: Preconditioner) -> dict[str, Any]:
+    """What is saved of a preconditioner: its numbers, and two arrays."""
+    names = ("rank", "tail", "shift", "method", "work", "seconds", "vectors", "values")
+    return {name: getattr(made, name) for name in names}
+
+
+def preconditioner_from(saved: Mapping[str, Any]) -> Preconditioner:
+    """Restore a preconditioner from its numbers and arrays, which anybody may have written."""
+    vectors, values, work, method = (saved[name] for name in ("vectors", "values", "work", "method"))
+    numbers = {name: as_number(saved[name]) for name in ("tail", "shift", "seconds")}
+    is_finite = bool(np.isfinite(vectors).all() and np.isfinite(values).all())
+    if method not in get_args(PreconditionerMethod) or numbers["tail"] < 0.0 or not is_finite or (values < 0.0).any():
+        raise ValueError("its preconditioner is not positive definite")
+    work = work if isinstance(work, Work) else as_work(work)
+    return Preconditioner(vectors=vectors, values=values, ridge=0.0, method=method, work=work, **numbers)
+
+
+def preconditioner_once(stages: Stages, num_rows: int, make: Callable[[], Preconditioner]) -> Preconditioner:
+    """Make a preconditioner as a stage of a calculation, which is saved."""
+    found = stages.once("preconditioner", lambda: saved_of(make()))
+    with stages.journal.reading():
+        if found["vectors"].shape != (num_rows, len(found["values"])):
+            raise ValueError(f"its preconditioner has shape {found['vectors'].shape}")
+        return preconditioner_from(found)
