@@ -35,8 +35,7 @@ from ntkpipe.solvers.direct.panels import (
 )
 from ntkpipe.solvers.direct.triangular import ROWS_OF_THREAD, NotPositiveError, factor_in_place
 from ntkpipe.solvers.probe_lanczos import lowest_eigenvalue
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Step, ignore
+from ntkpipe.solvers.result import Monitor, Step, ignore, recorded
 
 _MOST_JITTERS = 5
 _JITTER_FACTOR = 10.0

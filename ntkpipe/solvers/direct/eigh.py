@@ -12,8 +12,7 @@ from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.memory import bytes_of_density, bytes_of_eigsh
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Step, ignore
+from ntkpipe.solvers.result import Monitor, Step, ignore, recorded
 
 MOST_ROWS_OF_32_BITS = 32766  # for more the workspace of LAPACK's eigh, 1 + 6 n + 2 n², exceeds 32-bit integers
 _EPS = float(np.finfo(np.float64).eps)

@@ -20,8 +20,7 @@ from ntkpipe.solvers.blocks import as_block, as_targets
 from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.inverse.systems import Solution, SolutionPath, SolveMethod, SolveOptions, SystemCheckpoint, Systems
 from ntkpipe.solvers.linear.preconditioner import Preconditioner
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, ignore
+from ntkpipe.solvers.result import Monitor, ignore, recorded
 from ntkpipe.store.results import Checkpoint
 
 _MOST_PASSES = 1000

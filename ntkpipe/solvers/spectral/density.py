@@ -16,8 +16,7 @@ from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.probe_lanczos import QuadratureRule, gauss_rule
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Status, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, ignore, recorded
 from ntkpipe.solvers.spectral.krylov import Sampler, Sampling
 from ntkpipe.store.results import Checkpoint
 

@@ -16,8 +16,7 @@ from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.checkpoint import Journal, as_work
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.memory import bytes_of_eigsh, sizes_of_eigsh
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Status, Step, ignore
+from ntkpipe.solvers.result import Monitor, Status, Step, ignore, recorded
 from ntkpipe.solvers.spectral.thick_restart import ThickRestart, rayleigh_ritz
 from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
 

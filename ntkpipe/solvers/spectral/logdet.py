@@ -17,8 +17,7 @@ from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, preconditioner_of
 from ntkpipe.solvers.probe_lanczos import gauss_rule, radau_rule
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Status, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, ignore, recorded
 from ntkpipe.solvers.spectral.krylov import Sampler, Sampling
 from ntkpipe.store.results import Checkpoint
 

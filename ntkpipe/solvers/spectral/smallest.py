@@ -20,8 +20,7 @@ from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.linear.preconditioner import preconditioner_once, randomly_pivoted_cholesky
 from ntkpipe.solvers.memory import bytes_of_solve
 from ntkpipe.solvers.probe_lanczos import explained_by_rounding
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore, recorded
 from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.solvers.spectral.thick_restart import rayleigh_ritz
 from ntkpipe.store.results import Checkpoint, as_integer
