@@ -152,8 +152,8 @@ def dynamics(
         raise ConfigError(f"learning_rate={learning_rate!r}; needed a positive number")
     most = steps_that_fit(operator.num_rows, columns.shape[1] + 1, max_passes, Budget.of(memory_limit))
     training = _Training(operator, columns, wanted, learning_rate, tol, most, seed)
-    decides: Any = {"function": "dynamics", "start": digest_of(columns), "seed": None if training.top is None else seed}
-    training.run(before, monitor, checkpoint, **decides)
+    of_rate = seed if learning_rate is None else None
+    training.run(before, monitor, checkpoint, function="dynamics", start=digest_of(columns), seed=of_rate)
     flow, space, shape = training.flow(), training.space, (len(wanted), *shape)
     functions, coefficients, errors, defect = training.functions(flow)
     statuses, status, message = training.judge(flow, errors, "memory_limit" if most < max_passes else "max_passes")
@@ -169,7 +169,7 @@ def dynamics(
         storage_errors=np.minimum(flow.sensitivities(operator.storage_floor()), 1.0),
         defect=defect,
         statuses=statuses,
-        largest_eigenvalue=max(flow.largest, 0.0 if training.top is None else training.top.value),
+        largest_eigenvalue=max(flow.largest, training.top.value),
         num_steps=space.num_steps,
         dimension=space.dimension,
         targets=encoded.words,
@@ -294,15 +294,15 @@ class _Training(Stepping):
         self._units = columns / np.where(self._sizes > 0, self._sizes, 1.0)
         self._floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())
         self.space = BlockLanczos(self._units, max_steps)
-        self.top = TopEigenvalue(operator.num_rows, seed) if learning_rate is None else None
-        self.spaces = {"targets": self.space} | ({} if self.top is None else {"top": self.top})
+        self.top = TopEigenvalue(operator.num_rows, seed)  # takes steps where no learning rate is given
+        self.spaces = {"targets": self.space, "top": self.top}
         self._error = math.inf
 
     @property
     def rate(self) -> float:
         if self._given:
             return self._given
-        if self.top is None or self.top.value <= 0:
+        if self.top.value <= 0:
             raise ConfigError("the matrix has no positive eigenvalue, so no learning rate follows; give learning_rate")
         return 1.0 / self.top.value
 
@@ -331,21 +331,25 @@ class _Training(Stepping):
         return _Flow(self.space, self._times, self.rate, self._floor)
 
     @property
+    def _has_rate(self) -> bool:
+        return self._given is not None or self.top.is_settled
+
+    @property
     def _is_last(self) -> bool:
         return self.space.num_steps == self.space.max_steps or self.space.is_exhausted or self._error <= self._tol
 
     def look(self) -> tuple[float, bool]:
         """Return the largest error, and whether no more steps are needed."""
-        steps, top = self.space.num_steps, self.top
+        steps = self.space.num_steps
         is_limit = steps == self.space.max_steps or self.space.is_exhausted
-        if steps and (is_limit or is_due(steps)) and (top is None or top.value > 0):
+        if steps and (is_limit or is_due(steps)) and (self._given or self.top.value > 0):
             self._error = float(self.flow().errors.max(initial=0.0))
-        return self._error, self._is_last and (top is None or top.is_settled)
+        return self._error, self._is_last and self._has_rate
 
     def advance(self) -> None:
         """Take one pass, for the space, the largest eigenvalue, or both."""
         growing: list[BlockLanczos | TopEigenvalue] = [] if self._is_last else [self.space]
-        if self.top is not None and not self.top.is_settled:
+        if not self._has_rate:
             growing.append(self.top)
         blocks = [space.block for space in growing]
         product = self._operator.matmat(np.concatenate(blocks, axis=1))
@@ -368,10 +372,8 @@ class _Training(Stepping):
     def _verify(self, functions: FloatArray, coefficients: FloatArray, errors: FloatArray) -> tuple[FloatArray, float]:
         """Errors with the true residual at infinity, and the defect; one pass for infinity and the last finite time."""
         units, times = self._units, self._times
-        finite = np.flatnonzero(np.isfinite(times))
-        checked = [0]  # where all are infinite
-        if len(finite):
-            checked = [*finite[np.argmax(times[finite]) :][:1], *np.flatnonzero(np.isinf(times))[:1]]
+        ends = times[np.isfinite(times)].max(initial=-1.0), math.inf
+        checked = [index for end in ends for index in np.flatnonzero(times == end)[:1]]
         checked = [index for index in checked if np.isfinite(coefficients[index]).all()]
         if not checked or not units.any():
             return errors, math.inf if units.any() else 0.0

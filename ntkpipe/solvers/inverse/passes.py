@@ -76,7 +76,7 @@ class ByPasses(Inverse):
         rank = max(1, min(default_rank(operator.num_rows), vectors // 2 // FACTORS))
         self.columns_at_once = max(1, min(_MOST_COLUMNS, (vectors - FACTORS * rank) // BLOCKS))
         self._before = operator.work
-        self._preconditioner = preconditioner_of(operator, "rpcholesky", rank, ridge=0.0, seed=seed)
+        self._preconditioner = preconditioner_of(operator, "rpcholesky", rank, seed)
         words = f"conjugate gradients, rank {rank:,}, up to {self.columns_at_once} columns at a time"
         self.why = f"{why}; {words}" if why else words
 

@@ -348,7 +348,7 @@ class Systems:
 
     def _make(self) -> Preconditioner:
         kind, seed = str(self._options.preconditioner), self._options.seed
-        make = partial(preconditioner_of, self._operator, kind, self._rank, ridge=0.0, seed=seed)
+        make = partial(preconditioner_of, self._operator, kind, self._rank, seed)
         return make() if self._stages is None else preconditioner_once(self._stages, self._operator.num_rows, make)
 
     def _spent(self) -> tuple[Work, float]:

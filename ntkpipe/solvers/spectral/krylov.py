@@ -13,9 +13,8 @@ import numpy as np
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.config import check_number
-from ntkpipe.base.errors import ConfigError, ResourceError
+from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work
-from ntkpipe.base.resources import format_bytes
 from ntkpipe.solvers.checkpoint import Get, Journal
 from ntkpipe.solvers.memory import BLOCKS_BESIDE
 from ntkpipe.solvers.probe_lanczos import ProbeLanczos
@@ -30,14 +29,10 @@ _MOST_RATE_STEPS = 30  # after so many it counts as settled
 
 def steps_that_fit(num_rows: int, num_columns: int, wanted: int, budget: Budget) -> int:
     """Number of Lanczos steps whose vectors fit the memory, at most ``wanted``."""
-    limit, block = max(0, budget.room()), 8 * num_rows * num_columns
-    fitting = limit // block - BLOCKS_BESIDE
-    if fitting < min(2, wanted):
-        raise ResourceError(
-            f"Lanczos vectors of {num_columns} columns take {format_bytes(block)} a step, and {format_bytes(limit)} "
-            "hold less than two steps; give fewer columns or raise memory_limit"
-        )
-    return int(min(wanted, fitting))
+    block = 8 * num_rows * num_columns
+    least, what = min(2, wanted), f"Lanczos of {num_columns} columns, of two steps or fewer,"
+    budget.require(block * (least + BLOCKS_BESIDE), what, "give fewer columns or raise memory_limit", share=0.5)
+    return int(min(wanted, max(least, budget.room() // block - BLOCKS_BESIDE)))
 
 
 def is_due(num_steps: int) -> bool:

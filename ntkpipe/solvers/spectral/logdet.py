@@ -140,7 +140,7 @@ def slq_logdet(
     options = Sampling(num_probes, num_steps, tol, max_passes, seed, Budget.of(memory_limit))
     named = preconditioner
     if isinstance(preconditioner, str):
-        preconditioner = preconditioner_of(operator, preconditioner, rank, ridge=ridge, seed=seed)
+        preconditioner = preconditioner_of(operator, preconditioner, rank, seed).for_ridge(ridge)
     elif preconditioner is not None and preconditioner.num_rows != n:
         raise ConfigError(f"a preconditioner of {preconditioner.num_rows} rows for a matrix of {n}")
     sampling = _Sampling(operator, options, preconditioner, ridge)

@@ -156,7 +156,7 @@ def smallest(
         made = preconditioner_once(stages, n, lambda: randomly_pivoted_cholesky(operator, seed=seed))
         inverse, earlier = made.solve, earlier + made.work - (operator.work - start)
     rounding = max(_ROUNDING * operator.frobenius(), _TINY)
-    space = Davidson(n, min(width, n), _checked(inverse), seed)
+    space = Davidson(n, min(width, n), inverse, seed)
     limits = _Limits(k, tol, floor, rounding)
     journal, start, known = Journal(stages.part("space"), {}), operator.work, Work()
     if journal.earlier is not None:
@@ -214,19 +214,6 @@ class _Limits:
     def worst(self, values: FloatArray, norms: FloatArray) -> float:
         """The largest relative residual."""
         return float((norms / np.maximum(np.abs(values), max(self.floor, _TINY)))[: self.k].max())
-
-
-def _checked(inverse: ApproximateInverse) -> ApproximateInverse:
-
-    def apply(block: FloatArray) -> FloatArray:
-        found = np.asarray(inverse(block))
-        if found.shape != block.shape or found.dtype.kind != "f":
-            raise ConfigError(
-                f"inverse returned shape {found.shape} and dtype {found.dtype} for a float64 block of {block.shape}"
-            )
-        return found.astype(np.float64, copy=False)
-
-    return apply
 
 
 def _bounds(
@@ -304,7 +291,7 @@ class Davidson:
         self._products = np.empty((num_rows, most), order="F")
         self._size, self.passes = 0, 0
         self._pieces = Pieces()
-        self._ahead = inverse(self._rng.standard_normal((num_rows, self._block)))
+        self._ahead = self._precondition(self._rng.standard_normal((num_rows, self._block)))
         self.values = np.zeros(0)
         self.norms = np.zeros(0)
         self._coordinates = np.zeros((0, 0))
@@ -336,7 +323,15 @@ class Davidson:
         wanted = coordinates[:, : self._block]
         residuals = products @ wanted - (vectors @ wanted) * values[: self._block]
         self.values, self.norms = values[: self._block], np.linalg.norm(residuals, axis=0)
-        self._ahead = self._inverse(residuals)
+        self._ahead = self._precondition(residuals)
+
+    def _precondition(self, block: FloatArray) -> FloatArray:
+        found = np.asarray(self._inverse(block))
+        if found.shape != block.shape or found.dtype.kind != "f":
+            raise ConfigError(
+                f"inverse returned shape {found.shape} and dtype {found.dtype} for a float64 block of {block.shape}"
+            )
+        return found.astype(np.float64, copy=False)
 
     def _orthonormal(self, block: FloatArray) -> FloatArray:
         """Orthonormal basis of what a block adds to V, filled up with random columns."""

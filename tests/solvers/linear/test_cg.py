@@ -63,7 +63,7 @@ def test_converged_means_a_true_residual_below_the_tolerance(method, dtype, name
     matrix = matrix_with_spectrum(spectra(N)[name]).astype(dtype)
     rhs = rng.standard_normal((N, 4))
     operator = DenseOperator(matrix)
-    preconditioner = randomly_pivoted_cholesky(operator, 60, ridge=ridge)
+    preconditioner = randomly_pivoted_cholesky(operator, 60).for_ridge(ridge)
     found = method(operator.shifted(ridge), rhs, preconditioner=preconditioner, max_passes=300)
     own = residuals(matrix, rhs, found.solution, ridge)
     rounding = 1e-15 * spectra(N)[name][0] * np.linalg.norm(found.solution, axis=0) / np.linalg.norm(rhs, axis=0)
