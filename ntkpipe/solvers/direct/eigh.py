@@ -125,7 +125,7 @@ def _read(operator: Operator) -> tuple[FloatArray, float, float]:
         trace += float(square.trace())
         squared += float(np.einsum("ij,ij->", square, square)) + 2 * float(np.einsum("ij,ij->", rest, rest))
     if not np.isfinite(squared):
-        raise NonFiniteError("the matrix holds NaN or infinity, or entries whose squares are beyond float64")
+        raise NonFiniteError("the matrix holds NaN or infinity")
     return upper, trace, squared**0.5
 
 

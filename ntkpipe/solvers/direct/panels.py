@@ -17,7 +17,7 @@ from ntkpipe.base.resources import format_bytes
 from ntkpipe.operators.reading import TileReader
 from ntkpipe.solvers.direct.triangular import solve_bytes
 from ntkpipe.store.chunks import StoredArray
-from ntkpipe.store.documents import group_attributes, group_document
+from ntkpipe.store.documents import DOCUMENT, group_attributes, group_document
 from ntkpipe.store.layout import ArrayLayout
 from ntkpipe.store.media.medium import Medium, writing
 from ntkpipe.store.media.opening import medium_at
@@ -35,8 +35,8 @@ _NUM_CHECKPOINTS = 8  # so many panels, if they are not narrow, are checkpoints 
 _WIDTHS = (2048, 256, 32, 1)
 _GROUP = "cholesky"
 FACTOR_ARRAY = f"{_GROUP}/lower"
-_DOCUMENT = "zarr.json"
 _FORMAT = 1
+_SIZES = "num_rows", "panel_width", "chunk_rows"
 _MOST_TEXT = 2000
 _MOST_ROWS_OF_A_FACTOR = 2**40
 
@@ -229,16 +229,9 @@ class FactorState:
 
     def to_json(self) -> dict[str, Any]:
         """Attributes of the group."""
-        return {
-            "format": _FORMAT,
-            "matrix": self.matrix,
-            "ridge": self.ridge,
-            "jitter": self.jitter,
-            "num_rows": self.shape.num_rows,
-            "panel_width": self.shape.width,
-            "chunk_rows": self.shape.height,
-            "panels": [pivots._asdict() for pivots in self.panels],
-        }
+        of_matrix = {"matrix": self.matrix, "ridge": self.ridge, "jitter": self.jitter}
+        cut = dict(zip(_SIZES, (self.shape.num_rows, self.shape.width, self.shape.height), strict=True))
+        return {"format": _FORMAT, **of_matrix, **cut, "panels": [pivots._asdict() for pivots in self.panels]}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "FactorState":
@@ -247,7 +240,7 @@ class FactorState:
         is_text = isinstance(matrix, str) and len(matrix) <= _MOST_TEXT and matrix.isprintable()
         if found["format"] != _FORMAT or not is_text or not isinstance(panels, list):
             raise ValueError("it describes no Cholesky factor of this version")
-        shape = Shape(*(as_integer(found[name], low=1) for name in ("num_rows", "panel_width", "chunk_rows")))
+        shape = Shape(*(as_integer(found[name], low=1) for name in _SIZES))
         is_cut = shape.width % shape.height == 0 and shape.width < shape.num_rows + shape.height
         if not is_cut or shape.num_rows >= _MOST_ROWS_OF_A_FACTOR or len(panels) > shape.num_panels:
             raise ValueError(f"panels of {shape.width} columns in chunks of {shape.height} rows")
@@ -268,8 +261,8 @@ class FactorFolder:
     def held(self) -> Iterator[None]:
         """Lock the folder where the medium has locks, and remove what a killed writer left."""
         with writing(self.medium):
-            self.medium.put_new(_DOCUMENT, group_document({}))
-        if group_attributes(self.medium.get(_DOCUMENT), str(self.medium.address(_DOCUMENT))):
+            self.medium.put_new(DOCUMENT, group_document({}))
+        if group_attributes(self.medium.get(DOCUMENT), str(self.medium.address(DOCUMENT))):
             raise StoreExistsError(f"{self.root} holds something else; give the factor a path of its own")
         with contextlib.ExitStack() as stack:
             try:
@@ -289,7 +282,7 @@ class FactorFolder:
         try:
             return None if attributes is None else FactorState.from_json(attributes)
         except (KeyError, TypeError, ValueError) as error:
-            where = self.medium.address(f"{_GROUP}/{_DOCUMENT}")
+            where = self.medium.address(f"{_GROUP}/{DOCUMENT}")
             raise StoreError(f"{where} is damaged: {error!r}; delete that folder to begin anew") from error
 
     def commit(self, state: FactorState) -> None:

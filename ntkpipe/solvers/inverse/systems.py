@@ -39,6 +39,7 @@ SolveMethod = Literal["auto", "eigh", "cholesky", "pcg", "block_cg"]
 # Conjugate gradients are running; were given up for a factor; or run since a factor was of no use.
 Stage = Literal["iterating", "given up", "no factor"]
 _PROGRESS = ("solution", "history", "checks", "check_residuals")
+_FAILURES = {IndefiniteError: "Cholesky met a pivot that is not positive", ResourceError: "Cholesky has no room"}
 _WORDS = {"eigh": "the minimum norm", "cholesky": "Cholesky"}
 
 
@@ -251,7 +252,7 @@ class Systems:
             except (_UnfitError, IndefiniteError, ResourceError) as error:
                 if number == len(attempts) - 1:
                     raise
-                self._why = _failure(error)
+                self._why = _FAILURES.get(type(error), str(error))
                 continue
             if best is None or found.status == "converged" or found.worst < best[0].worst:
                 best = found, self._why
@@ -387,12 +388,6 @@ class Systems:
 
 def _given_up(state: IterationState | None) -> str:
     return f"conjugate gradients were given up after {state.iterations if state else 0} iterations, as too slow"
-
-
-def _failure(error: Exception) -> str:
-    if isinstance(error, _UnfitError):
-        return str(error)
-    return f"Cholesky {'met a pivot that is not positive' if isinstance(error, IndefiniteError) else 'has no room'}"
 
 
 def _relative(norms: FloatArray, sizes: FloatArray) -> FloatArray:

@@ -212,11 +212,8 @@ class _Search:
 
     def _save(self, result: Eigenpairs | None) -> None:
         state: dict[str, Any] = {"floor": self._floor, "history": self._history, "space": self._space.state()}
-        state |= {
-            "failures": self._failures,
-            "work": self._work(),
-            "seconds": self._earlier[1] + perf_counter() - self._started,
-        }
+        seconds = self._earlier[1] + perf_counter() - self._started
+        state |= {"failures": self._failures, "work": self._work(), "seconds": seconds}
         arrays = self._space.arrays()
         if result is not None:
             arrays |= {f"result-{name}": values for name, values in result.arrays().items()}
