@@ -12,7 +12,7 @@ y_-i)``.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -63,13 +63,20 @@ class Verdict:
 
     status: Status = "converged"  # that of the first that did not converge
     worst: float = 0.0  # the largest relative residual
-    message: str = ""  # why it did not
+    messages: list[str] = field(default_factory=list)  # those of answers that did not converge
+
+    @property
+    def message(self) -> str:
+        """Why the first did not converge; empty if all did."""
+        return self.messages[0] if self.messages else ""
 
     def add(self, status: Status, residual: float, message: str) -> None:
         """Take one more answer into account."""
         self.worst = max(self.worst, residual)
-        if self.status == "converged" and status != "converged":
-            self.status, self.message = status, message
+        if status != "converged":
+            if self.status == "converged":
+                self.status = status
+            self.messages.append(message)
 
 
 @dataclass(frozen=True)

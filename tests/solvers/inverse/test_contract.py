@@ -73,7 +73,7 @@ def test_products_forms_and_logdets_are_the_dense_ones(method: str, ridge: float
     rough = exact * (1 + 1e-5) if method == "streamed" else exact
     assert inverse.data_fit(block, rough, ridge) == pytest.approx(np.sum(block * exact), rel=1e-9)
     assert_within(inverse.logdet(ridge, verdict), float(np.linalg.slogdet(shifted)[1]), rel=1e-10)
-    assert (verdict.status, verdict.message) == ("converged", "")
+    assert (verdict.status, verdict.messages, verdict.message) == ("converged", [], "")
     assert verdict.worst <= TOL
 
 

@@ -64,7 +64,7 @@ def test_what_is_not_solved_is_said(rng: np.random.Generator) -> None:
     singular, verdict = features(rng, size=5)[0], Verdict()
     inverse_of(singular, 1e-8).times(rng.standard_normal((30, 2)), 0.0, verdict)
     assert verdict.status != "converged"
-    assert "λ = 0" in verdict.message
+    assert "λ = 0" in verdict.messages[0]
 
 
 def test_the_least_memory_is_a_tenth_of_a_float32_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
