@@ -62,9 +62,9 @@ class Eigenpairs(Result):
     def _rows(self) -> TableRows:
         values = self.eigenvalues
         below, count = int((np.abs(values) < self.floor).sum()), len(values)
-        which = "leading" if len(self.residuals) else "all"
+        which = f"{count} leading" if len(self.residuals) else f"all {count}"
         rows = [
-            ("eigenvalues", f"{which} {count}, {values[0]:.6g} to {values[-1]:.6g}"),
+            ("eigenvalues", f"{which}, {values[0]:.6g} to {values[-1]:.6g}"),
             ("storage floor", f"{self.floor:.2g}, {below} of {count} eigenvalues below"),
         ]
         if len(self.residuals):
@@ -73,7 +73,7 @@ class Eigenpairs(Result):
             rows.append(("trace, Frobenius", f"agree to {self.trace_error:.2g}, {self.frobenius_error:.2g}"))
         if self.orthogonality is not None:
             of_vectors = "" if self.residual is None else f"residual {self.residual:.2g}, "
-            rows.append(("eigenvectors", f"{of_vectors}orthogonal to {self.orthogonality:.2g}"))
+            rows.append(("eigenvectors", f"{of_vectors}orthogonality {self.orthogonality:.2g}"))
         return rows
 
 

@@ -18,7 +18,7 @@ K = np.diag(np.arange(1.0, 7.0))
         ({"max_passes": 2.5}, "max_passes=2.5; needed an integer or None"),
         ({"seed": -1}, "seed=-1; needed an integer from 0 on"),
         ({"seed": True}, "seed=True; needed an integer"),
-        ({"method": "cg"}, "method='cg'; needed 'auto', 'pcg', 'block_cg' or 'cholesky'"),
+        ({"method": "cg"}, "method='cg'; needed 'auto', 'eigh', 'cholesky', 'pcg' or 'block_cg'"),
         ({"memory_limit": "much"}, "memory_limit='much'; needed a number of bytes"),
     ],
 )

@@ -257,6 +257,7 @@ def test_what_was_not_given_is_named(digits: Digits) -> None:
 
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ntkpipe, "PrecomputedKernel")  # which is kept once it was imported
     monkeypatch.delitem(sys.modules, "ntkpipe.learning.regression.sklearn_gp", raising=False)
     monkeypatch.setitem(sys.modules, "sklearn.gaussian_process.kernels", None)
     with pytest.raises(ConfigError, match=r"PrecomputedKernel needs .*pip install 'ntkpipe\[scikit-learn\]'"):

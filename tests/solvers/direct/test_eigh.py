@@ -159,4 +159,4 @@ def test_a_memory_limit_is_bytes(limit_bytes):
 def test_results_print_what_to_trust():
     text = str(eigh(matrix_with_spectrum(power_law(50, condition=1e4))))
     assert "all 50, 10000 to 1" in text
-    assert "orthogonal to" in text
+    assert "orthogonality" in text
