@@ -186,7 +186,7 @@ def usual_shape(num_rows: int, panel_width: int | None) -> Shape:
 def bytes_in_memory(shape: Shape) -> int:
     """Memory of a factorisation whose panels stay in memory, ``4 n²`` bytes and some panels, whatever the threads."""
     n = shape.num_rows
-    return _ITEM * n * n // 2 + _ITEM * n * min(n, max(_COLUMNS_AT_WORK, 2 * shape.width))
+    return _ITEM * n * n // 2 + _ITEM * n * max(_COLUMNS_AT_WORK, 2 * shape.width)
 
 
 def bytes_of_panel(shape: Shape, num_threads: int) -> int:
