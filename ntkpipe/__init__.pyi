@@ -32,7 +32,7 @@ from .solvers.inverse.solve import solve_path as solve_path
 from .solvers.spectral.density import density as density
 from .solvers.spectral.lanczos import eigsh as eigsh
 from .solvers.spectral.logdet import logdet as logdet
-from .solvers.spectral.slq_logdet import slq_logdet as slq_logdet
+from .solvers.spectral.logdet import slq_logdet as slq_logdet
 from .solvers.spectral.smallest import smallest as smallest
 from .steps.registry import read_result as read_result
 from .steps.run import run_step as run_step

@@ -29,7 +29,7 @@ READERS = (
     "jacobian.model.samples",
     "build.mend",
     "analysis.summary",
-    "solvers.direct.factor_folder",
+    "solvers.direct.panels",
 )
 # Names come from the user's workflow file; tasks go between a client and its own cluster.
 TRUSTED = {

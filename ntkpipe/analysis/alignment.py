@@ -16,8 +16,7 @@ from ntkpipe.learning.regression.sources import OfTargets, train_targets
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import AnalysisMethod, all_eigenpairs, are_all_cheaper
 from ntkpipe.solvers.memory import bytes_of_eigsh
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Status, ignore
+from ntkpipe.solvers.result import Monitor, Status, ignore, recorded
 from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.store.results import Checkpoint
 

@@ -118,8 +118,10 @@ def canatar(
         return np.where(weights[values <= 0].sum(axis=0) + noise > 0, np.inf, 0.0)
     denominators = (kappa + num_samples * values) ** 2
     gamma = float((num_samples * values**2 / denominators).sum())
+    # 1 - γ by the first equation over κ, since γ is one to rounding where the ridge is small.
+    rest = ridge / kappa + kappa * float((values / denominators).sum())
     signal = (kappa**2 / denominators) @ weights
-    return np.asarray((signal + noise * gamma) / (1 - gamma), np.float64)
+    return np.asarray((signal + noise * gamma) / rest, np.float64)
 
 
 def predicted(

@@ -42,9 +42,8 @@ from ntkpipe.learning.regression.sources import CountedStages, HeldOut, OfTarget
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import AnalysisMethod, all_eigenpairs, find_inverse
 from ntkpipe.solvers.inverse.contract import INDEFINITE, Fit, Question, WithError, as_fields, squares
-from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Status, ignore
+from ntkpipe.solvers.inverse.exact import ByEigenpairs
+from ntkpipe.solvers.result import Monitor, Status, ignore, recorded
 from ntkpipe.store.results import Checkpoint
 
 # Ridges unless others are given, in mean diagonals.

@@ -22,9 +22,8 @@ from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import all_eigenpairs
 from ntkpipe.solvers.inverse.contract import Question
-from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Step, ignore
+from ntkpipe.solvers.inverse.exact import ByEigenpairs
+from ntkpipe.solvers.result import Monitor, Step, ignore, recorded
 from ntkpipe.store.results import Checkpoint
 
 # Shares of the samples, and ridges in mean diagonals, unless others are given.

@@ -21,8 +21,7 @@ from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import AnalysisMethod, all_eigenpairs
 from ntkpipe.solvers.inverse.contract import WithError
 from ntkpipe.solvers.memory import bytes_of_density, bytes_of_eigsh
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Status, ignore
+from ntkpipe.solvers.result import Monitor, Result, Status, ignore, recorded
 from ntkpipe.solvers.spectral.density import Density, density, smoothed
 from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.solvers.spectral.smallest import Smallest, bytes_of_smallest, smallest

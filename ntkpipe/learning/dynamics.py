@@ -19,13 +19,12 @@ from ntkpipe.learning.regression.sources import OfTargets
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.blocks import as_block, as_targets
 from ntkpipe.solvers.inverse.contract import INDEFINITE
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Status, ignore
-from ntkpipe.solvers.spectral.exponential import Flow
-from ntkpipe.solvers.spectral.krylov import BlockLanczos, Space, TopEigenvalue, is_due, steps_that_fit, take_steps
+from ntkpipe.solvers.result import Monitor, Status, ignore, recorded
+from ntkpipe.solvers.spectral.krylov import BlockLanczos, Stepping, TopEigenvalue, is_due, steps_that_fit
 from ntkpipe.store.results import Checkpoint
 
 _EPS = float(np.finfo(np.float64).eps)
+_PER_DECADE = 24  # points of a decade of time at which the defect is computed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,10 +152,8 @@ def dynamics(
         raise ConfigError(f"learning_rate={learning_rate!r}; needed a positive number")
     most = steps_that_fit(operator.num_rows, columns.shape[1] + 1, max_passes, Budget.of(memory_limit))
     training = _Training(operator, columns, wanted, learning_rate, tol, most, seed)
-    decides: Any = {"function": "dynamics", "matrix": operator.identity(), "start": digest_of(columns)}
-    decides |= {"seed": None if training.top is None else seed}
-    how: Any = {"tol": tol, "monitor": monitor, "checkpoint": checkpoint, "decides": decides}
-    take_steps(training, training.spaces, operator, before, **how)
+    of_rate = seed if learning_rate is None else None
+    training.run(before, monitor, checkpoint, function="dynamics", start=digest_of(columns), seed=of_rate)
     flow, space, shape = training.flow(), training.space, (len(wanted), *shape)
     functions, coefficients, errors, defect = training.functions(flow)
     statuses, status, message = training.judge(flow, errors, "memory_limit" if most < max_passes else "max_passes")
@@ -172,14 +169,113 @@ def dynamics(
         storage_errors=np.minimum(flow.sensitivities(operator.storage_floor()), 1.0),
         defect=defect,
         statuses=statuses,
-        largest_eigenvalue=max(flow.largest, 0.0 if training.top is None else training.top.value),
+        largest_eigenvalue=max(flow.largest, training.top.value),
         num_steps=space.num_steps,
         dimension=space.dimension,
         targets=encoded.words,
     )
 
 
-class _Training:
+class _Flow:
+    """Functions of T and what is known of their errors, for targets whose columns have unit size."""
+
+    def __init__(self, space: BlockLanczos, times: FloatArray, learning_rate: float, floor: float) -> None:
+        values, self._vectors = np.linalg.eigh(space.matrix())
+        self.lowest = float(values.min(initial=0.0))
+        self.largest = float(values.max(initial=0.0))
+        self._floor = floor
+        # Between -floor and zero there is rounding only, and nothing must grow from it.
+        self._values = np.where((values < 0) & (values >= -floor), 0.0, values)
+        self._is_null = np.abs(values) <= floor
+        self._start = self._vectors[: space.start.shape[0]].T @ space.start
+        width = space.coupling.shape[1] if space.num_steps else 0
+        self._exit = space.coupling @ self._vectors[len(values) - width :] if width else np.zeros((0, len(values)))
+        # Products of no dimensions: times are of no account, and infinity is not multiplied with zero.
+        self._scaled = times * learning_rate
+        self.errors = self._bounds()
+
+    def functions(self) -> list[tuple[FloatArray, FloatArray]]:
+        """For each time: coefficients in the space of ``exp(-η t K)`` and ``K^-1 (I - exp(-η t K))`` of the targets."""
+        found = []
+        # Where negative eigenvalues let functions grow beyond all numbers, they are no numbers; the status says why.
+        with np.errstate(over="ignore", invalid="ignore"):
+            for scaled in self._scaled:
+                decay = self._is_null.astype(float) if math.isinf(scaled) else np.exp(-scaled * self._values)
+                parts = (decay[:, None] * self._start, self._phi(scaled)[:, None] * self._start)
+                found.append((self._vectors @ parts[0], self._vectors @ parts[1]))
+        return found
+
+    def _phi(self, scaled: float) -> FloatArray:
+        """``(1 - exp(-s λ)) / λ``, which is s where λ is zero, and the pseudo-inverse where s is infinite."""
+        is_limit = math.isinf(scaled)
+        is_zero = self._is_null if is_limit else self._values == 0
+        safe = np.where(is_zero, 1.0, self._values)
+        grown: FloatArray = 1.0 / safe if is_limit else -np.expm1(-scaled * safe) / safe
+        grown[is_zero] = 0.0 if is_limit else scaled
+        return np.asarray(grown)
+
+    def _bounds(self) -> FloatArray:
+        """Largest bound over columns, for each time."""
+        found = np.zeros(len(self._scaled))
+        is_finite = np.isfinite(self._scaled)
+        if not len(self._values):
+            return found
+        if is_finite.any():
+            found[is_finite] = self._integrals(self._scaled[is_finite])
+        if not is_finite.all():
+            left = self._exit @ (self._phi(math.inf)[:, None] * self._start)
+            found[~is_finite] = np.linalg.norm(left, axis=0).max(initial=0.0)
+        return found + 32 * _EPS + np.where(is_finite, 4 * _EPS * self.sensitivities(self.largest), 0.0)
+
+    def _integrals(self, scaled: FloatArray) -> FloatArray:
+        """``∫ |d(s)| ds`` up to each time, by the trapezoidal rule in log s; infinite where numbers end."""
+        last = max(float(scaled.max()), 1e-3 / self.largest if self.largest > 0 else 1e-3)
+        first = min(1e-3 / self.largest if self.largest > 0 else last, last)
+        count = 2 + int(_PER_DECADE * math.log10(max(last / first, 1.0)))
+        points = np.unique(np.concatenate([np.geomspace(first, last, count), scaled[scaled > first]]))
+        with np.errstate(over="ignore", invalid="ignore"):
+            defects = np.stack([self._defect(point) for point in points])
+            heights = defects * points[:, None]
+            pieces = np.diff(np.log(points))[:, None] * (heights[1:] + heights[:-1]) / 2
+            sums = np.concatenate([np.zeros((1, pieces.shape[1])), np.cumsum(pieces, axis=0)])
+            sums += np.maximum(self._defect(0.0), defects[0]) * first
+            worst = np.nan_to_num(sums.max(axis=1), nan=math.inf)
+            found = np.where(scaled <= first, worst[0] * scaled / first, worst[np.searchsorted(points, scaled)])
+            found = found * np.exp(scaled * max(0.0, -self.lowest - self._floor))
+        return np.asarray(np.nan_to_num(found, nan=math.inf, posinf=math.inf))
+
+    def _defect(self, scaled: float) -> FloatArray:
+        """``|d|`` of each column."""
+        left = self._exit @ (np.exp(-scaled * self._values)[:, None] * self._start)
+        return np.asarray(np.linalg.norm(left, axis=0))
+
+    def sensitivities(self, perturbation: float) -> FloatArray:
+        """What a change of K of this spectral norm does to ``exp(-η t K)``, to first order; shape (T,)."""
+        lowest = max(self.lowest, 0.0)
+        finite = np.where(np.isinf(self._scaled), 0.0, self._scaled)
+        limit = perturbation / lowest if lowest > 0 else math.inf
+        return np.where(np.isinf(self._scaled), limit, finite * perturbation * np.exp(-finite * lowest))
+
+    def growth(self, index: int) -> float:
+        """Share of a column that grows, since eigenvalues are negative below the storage floor."""
+        grows = self._values < 0
+        scaled = min(float(self._scaled[index]), 1e300)
+        with np.errstate(over="ignore"):
+            grown = np.expm1(np.minimum(-scaled * self._values[grows], 300.0))[:, None] * self._start[grows]
+        return float(np.linalg.norm(grown, axis=0).max(initial=0.0))
+
+    @property
+    def null_share(self) -> float:
+        """Share of a column where eigenvalues are not known from zero."""
+        return float(np.linalg.norm(self._start[self._is_null], axis=0).max(initial=0.0))
+
+    def status(self, index: int, tol: float) -> Status | None:
+        """Status at one time, where more steps would change nothing."""
+        is_open = math.isinf(self._scaled[index]) and self.null_share > tol
+        return "indefinite at storage precision" if is_open or self.growth(index) > tol else None
+
+
+class _Training(Stepping):
     """Krylov space of the scaled columns ``Y - f_0``, and the largest eigenvalue where no learning rate is given."""
 
     def __init__(
@@ -192,26 +288,25 @@ class _Training:
         max_steps: int,
         seed: int,
     ) -> None:
-        self._operator, self._times, self._given, self._tol = operator, times, learning_rate, tol
+        super().__init__(operator, tol)
+        self._times, self._given = times, learning_rate
         self._sizes = np.linalg.norm(columns, axis=0)
         self._units = columns / np.where(self._sizes > 0, self._sizes, 1.0)
         self._floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())
         self.space = BlockLanczos(self._units, max_steps)
-        self.top = TopEigenvalue(operator.num_rows, seed) if learning_rate is None else None
-        self.spaces: dict[str, Space] = {"targets": self.space}
-        if self.top is not None:
-            self.spaces["top"] = self.top
+        self.top = TopEigenvalue(operator.num_rows, seed)  # takes steps where no learning rate is given
+        self.spaces = {"targets": self.space, "top": self.top}
         self._error = math.inf
 
     @property
     def rate(self) -> float:
         if self._given:
             return self._given
-        if self.top is None or self.top.value <= 0:
+        if self.top.value <= 0:
             raise ConfigError("the matrix has no positive eigenvalue, so no learning rate follows; give learning_rate")
         return 1.0 / self.top.value
 
-    def judge(self, flow: Flow, errors: FloatArray, limit: str) -> tuple[tuple[Status, ...], Status, str]:
+    def judge(self, flow: _Flow, errors: FloatArray, limit: str) -> tuple[tuple[Status, ...], Status, str]:
         """Status at each time, and status and message over all of them."""
         is_cut = self.space.num_steps == self.space.max_steps and not self.space.is_exhausted
         missed: Status = "step limit" if is_cut else "stagnated"
@@ -232,8 +327,12 @@ class _Training:
             return statuses, "step limit", f"{limit} is reached with {at_worst}; raise it"
         return statuses, "converged", f"errors are at most {errors.max(initial=0.0):.1e} at all times"
 
-    def flow(self) -> Flow:
-        return Flow(self.space, self._times, self.rate, self._floor)
+    def flow(self) -> _Flow:
+        return _Flow(self.space, self._times, self.rate, self._floor)
+
+    @property
+    def _has_rate(self) -> bool:
+        return self._given is not None or self.top.is_settled
 
     @property
     def _is_last(self) -> bool:
@@ -241,16 +340,16 @@ class _Training:
 
     def look(self) -> tuple[float, bool]:
         """Return the largest error, and whether no more steps are needed."""
-        steps, top = self.space.num_steps, self.top
+        steps = self.space.num_steps
         is_limit = steps == self.space.max_steps or self.space.is_exhausted
-        if steps and (is_limit or is_due(steps)) and (top is None or top.value > 0):
+        if steps and (is_limit or is_due(steps)) and (self._given or self.top.value > 0):
             self._error = float(self.flow().errors.max(initial=0.0))
-        return self._error, self._is_last and (top is None or top.is_settled)
+        return self._error, self._is_last and self._has_rate
 
     def advance(self) -> None:
         """Take one pass, for the space, the largest eigenvalue, or both."""
         growing: list[BlockLanczos | TopEigenvalue] = [] if self._is_last else [self.space]
-        if self.top is not None and not self.top.is_settled:
+        if not self._has_rate:
             growing.append(self.top)
         blocks = [space.block for space in growing]
         product = self._operator.matmat(np.concatenate(blocks, axis=1))
@@ -258,7 +357,7 @@ class _Training:
         for space, part in zip(growing, np.split(product, ends[:-1], axis=1), strict=True):
             space.absorb(np.ascontiguousarray(part))
 
-    def functions(self, flow: Flow) -> tuple[FloatArray, FloatArray, FloatArray, float]:
+    def functions(self, flow: _Flow) -> tuple[FloatArray, FloatArray, FloatArray, float]:
         """Residuals and coefficients at all times, their errors, and the defect; one pass."""
         shape = (len(self._times), *self._units.shape)
         functions, coefficients = np.empty(shape), np.empty(shape)
@@ -273,10 +372,8 @@ class _Training:
     def _verify(self, functions: FloatArray, coefficients: FloatArray, errors: FloatArray) -> tuple[FloatArray, float]:
         """Errors with the true residual at infinity, and the defect; one pass for infinity and the last finite time."""
         units, times = self._units, self._times
-        finite = np.flatnonzero(np.isfinite(times))
-        checked = [0]  # where all are infinite
-        if len(finite):
-            checked = [*finite[np.argmax(times[finite]) :][:1], *np.flatnonzero(np.isinf(times))[:1]]
+        ends = times[np.isfinite(times)].max(initial=-1.0), math.inf
+        checked = [index for end in ends for index in np.flatnonzero(times == end)[:1]]
         checked = [index for index in checked if np.isfinite(coefficients[index]).all()]
         if not checked or not units.any():
             return errors, math.inf if units.any() else 0.0

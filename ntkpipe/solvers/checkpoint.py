@@ -48,6 +48,10 @@ class Journal:
             return np.zeros(shape, dtype)
         return self.checkpoint.get(name, shape, dtype=dtype, allow_nan=allow_nan)
 
+    def getter(self, prefix: str) -> "Get":
+        """What reads arrays whose names begin with a prefix."""
+        return lambda name, shape: self.get(f"{prefix}{name}", shape)
+
     def save(self, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], keep: Iterable[str] = ()) -> None:
         """Replace the state. Arrays whose names were read or saved before are the same; ``keep`` names further ones."""
         if self.checkpoint is None:

@@ -3,14 +3,14 @@
 from ntkpipe.solvers.linear.preconditioner import default_rank
 
 _SMALLEST_BLOCK = 8
-_BLOCKS, _FACTORS = 11, 3  # of conjugate gradients: blocks of the shape of right-hand sides, and of the preconditioner
+BLOCKS, FACTORS = 11, 3  # of conjugate gradients: blocks of the shape of right-hand sides, and of the preconditioner
 BLOCKS_BESIDE = 3  # of Lanczos, beside the vectors of all steps
 
 
 def bytes_of_solve(num_rows: int, num_columns: int, rank: int | None = None) -> int:
     """Memory of conjugate gradients for so many right-hand sides, the making of their preconditioner included."""
     rank = default_rank(num_rows) if rank is None else min(rank, num_rows)
-    return 8 * num_rows * (_FACTORS * rank + _BLOCKS * num_columns)
+    return 8 * num_rows * (FACTORS * rank + BLOCKS * num_columns)
 
 
 def bytes_of_density(num_rows: int, num_probes: int = 16, num_steps: int = 100) -> int:

@@ -1,17 +1,27 @@
-"""The Lanczos process of each of several vectors, with full reorthogonalisation."""
+"""The Lanczos process of each of several vectors, Gauss rules by its coefficients, and the smallest eigenvalue."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.operator import Operator
+from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.checkpoint import Get
 from ntkpipe.store.results import as_integer, as_numbers
 
 _EPS = float(np.finfo(np.float64).eps)
+_SETTLED = 1e-2  # a node is an eigenvalue if its Ritz residual is this small against the distance that matters
 _NOTHING = 10 * _EPS  # a direction this small, relative to the norm of the matrix, is rounding
+_FEW_ROWS = 2048  # up to so many all eigenvalues take about a second
+_MOST_STEPS = 40  # passes over larger matrices
+_RESIDUALS = 3.0  # a Ritz value is above the eigenvalue by the square of its residual over a gap, here hardly by more
+_FLOORS = 10.0  # rounding of entries can make a small positive eigenvalue negative, by up to so many floors
+_TWO_DIGITS = Context(prec=2, rounding=ROUND_CEILING)
 
 
 class ProbeLanczos:
@@ -104,3 +114,136 @@ class ProbeLanczos:
 
     def _project(self, rows: FloatArray) -> FloatArray:
         return rows if self._deflate is None else rows - (rows @ self._deflate) @ self._deflate.T
+
+
+@dataclass(frozen=True)
+class QuadratureRule:
+    """One rule for each of p measures."""
+
+    nodes: FloatArray  # Ritz values, shape (p, m), ascending
+    weights: FloatArray  # shape (p, m), not negative; their sum is the probe's squared norm
+    residuals: FloatArray  # distances within which eigenvalues lie, rounding included, shape (p, m)
+
+    def integrate(self, function: Callable[[FloatArray], FloatArray]) -> FloatArray:
+        """Integral of a function of the nodes, shape (p,)."""
+        return np.asarray((self.weights * function(self.nodes)).sum(axis=1))
+
+    def mass_above(self, thresholds: FloatArray) -> FloatArray:
+        """Weight of the nodes above each of L thresholds, shape (p, L)."""
+        found = np.zeros((len(self.nodes), len(thresholds)))
+        for row, nodes, weights in zip(found, self.nodes, self.weights, strict=True):
+            tails = np.append(np.cumsum(weights[::-1])[::-1], 0.0)
+            row[:] = tails[np.searchsorted(nodes, thresholds, "right")]
+        return found
+
+    def unsettled(self, thresholds: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Weight of the nodes next to each of L thresholds that may lie on the other side: (above, below), each (p, L).
+
+        By the separation theorem of Chebyshev, Markov and Stieltjes (Szegö, Orthogonal Polynomials, section 3.41) what
+        a measure has above λ differs from its rule by no more than the weights of the two nodes around λ. Nodes that
+        have converged to an eigenvalue are on their side, to 1e-4 of their weight.
+        """
+        above, below = np.zeros((2, len(self.nodes), len(thresholds)))
+        for index in range(len(self.nodes)):
+            kept = self.weights[index] > 0
+            nodes, weights, residuals = self.nodes[index, kept], self.weights[index, kept], self.residuals[index, kept]
+            places = np.searchsorted(nodes, thresholds, "right")
+            for found, has, at in ((above, places < len(nodes), places), (below, places > 0, places - 1)):
+                at = at[has]
+                open_ = residuals[at] > _SETTLED * np.abs(nodes[at] - thresholds[has])
+                found[index, has] = np.where(open_, weights[at], 0.0)
+        return above, below
+
+
+def gauss_rule(alphas: FloatArray, betas: FloatArray, masses: FloatArray) -> QuadratureRule:
+    """The Gauss rules of p tridiagonal matrices (Golub and Welsch 1969)."""
+    nodes, vectors = np.linalg.eigh(_tridiagonal(alphas, betas))
+    rounding = 4 * _EPS * np.abs(nodes).max(axis=1, keepdims=True)
+    weights = masses[:, None] * vectors[:, 0] ** 2
+    return QuadratureRule(nodes, weights, np.abs(vectors[:, -1] * betas[:, -1:]) + rounding)
+
+
+def radau_rule(alphas: FloatArray, betas: FloatArray, masses: FloatArray, end: float) -> QuadratureRule:
+    """The Gauss-Radau rules, of m + 1 nodes, with one node at ``end``, below all eigenvalues (Golub 1973)."""
+    num_steps = alphas.shape[1]
+    shifted = _tridiagonal(alphas, betas) - end * np.eye(num_steps)
+    right = np.zeros((*alphas.shape, 1))
+    right[:, -1, 0] = betas[:, -1] ** 2
+    last = end + np.linalg.solve(shifted, right)[:, -1, 0]
+    # A space that has ended is not coupled: any node within the spectrum will do, since it gets no weight.
+    last = np.where(betas[:, -1] > 0, last, alphas[:, 0])
+    longer = np.concatenate([betas, np.zeros_like(last)[:, None]], axis=1)
+    return gauss_rule(np.concatenate([alphas, last[:, None]], axis=1), longer, masses)
+
+
+def _tridiagonal(alphas: FloatArray, betas: FloatArray) -> FloatArray:
+    num_probes, size = alphas.shape
+    found = np.zeros((num_probes, size, size))
+    index = np.arange(size)
+    found[:, index, index] = alphas
+    found[:, index[1:], index[:-1]] = found[:, index[:-1], index[1:]] = betas[:, : size - 1]
+    return found
+
+
+@dataclass(frozen=True)
+class Lowest:
+    """The smallest eigenvalue of a matrix, as far as some tens of passes show it."""
+
+    most: float  # λ_min is at most this: a Ritz value
+    least: float  # and hardly less than this
+    floor: float  # what rounding of entries to the storage dtype does to eigenvalues
+    rounding: float  # what rounding of factors and products in float64 does
+    dtype: str  # of stored entries
+
+    def ridge(self, least: float = 0.0) -> float:
+        """What makes the matrix definite, by as much as it is not now, and at least this; rounded up to two digits."""
+        return rounded_up(max(-2.0 * self.least, self.floor, self.rounding, least)) or 1.0
+
+    @property
+    def words(self) -> str:
+        """What rounding explains of it."""
+        moved = f"rounding of entries to {self.dtype} moves eigenvalues by about {self.floor:.2g} (the storage floor)"
+        explained = explained_by_rounding(self.floor, self.rounding)
+        if self.most < -explained:
+            return f"an eigenvalue is at most {self.most:.3g}, and {moved}: the matrix is not positive semi-definite"
+        if self.most <= explained:
+            return f"the smallest eigenvalue is at most {self.most:.3g}, and {moved}: indefinite at storage precision"
+        return f"the smallest eigenvalue is at most {self.most:.3g}, and {moved}"
+
+
+def rounded_up(value: float) -> float:
+    """The next number of two digits."""
+    return float(_TWO_DIGITS.create_decimal(value))
+
+
+def explained_by_rounding(floor: float, rounding: float) -> float:
+    """How negative eigenvalues of a positive semi-definite matrix may become by rounding of entries and products."""
+    return max(_FLOORS * floor, rounding)
+
+
+@single_threaded_blas()
+def lowest_eigenvalue(operator: Operator, known: float | None = None) -> Lowest:
+    """Estimate the smallest eigenvalue where it is not known, once for a matrix and all ``K + shift I``."""
+    base, shift = operator.unshifted
+    if known is not None:
+        base.lowest = known - shift, known - shift
+    if base.lowest is None:
+        base.lowest = _by_lapack(base) if base.num_rows <= _FEW_ROWS else _by_lanczos(base)
+    most, least = (value + shift for value in base.lowest)
+    rounding = 4 * base.num_rows * _EPS * (base.frobenius() + abs(shift))
+    return Lowest(most, least, base.storage_floor(), rounding, str(base.storage_dtype))
+
+
+def _by_lapack(operator: Operator) -> tuple[float, float]:
+    every = slice(0, operator.num_rows)
+    value = float(np.linalg.eigvalsh(operator.block(every, every))[0])
+    return value, value
+
+
+def _by_lanczos(operator: Operator) -> tuple[float, float]:
+    start = np.random.default_rng(0).standard_normal((operator.num_rows, 1))
+    lanczos = ProbeLanczos(start, min(_MOST_STEPS, operator.num_rows))
+    while lanczos.num_steps < lanczos.max_steps and not lanczos.ended.all():
+        lanczos.absorb(operator.matmat(lanczos.block))
+    values, residuals = lanczos.ritz()
+    return float(values[0]), float(values[0] - _RESIDUALS * residuals[0])

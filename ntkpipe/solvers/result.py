@@ -1,17 +1,29 @@
-"""Results of solvers: frozen values that say how far to trust them, print as a short table, and are saved as data."""
+"""Results of solvers: frozen values that say how they were found and how far to trust them, print, and are saved."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from functools import cache
-from typing import Any, Literal, Self, get_args, get_origin
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import cache, wraps
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal, ParamSpec, Self, TypeVar, get_args, get_origin
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
+from ntkpipe.base.arguments import bound, options_of, parameters_of
+from ntkpipe.base.budget import Budget
+from ntkpipe.base.docstrings import ERRORS, completed
 from ntkpipe.base.operator import Work
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows, as_table
+from ntkpipe.operators.opening import open_for_solver
+
+P = ParamSpec("P")
+R = TypeVar("R", bound="Result")
+
+# First parameters that are opened as operators.
+MATRICES = ("matrix", "kernel")
 
 Status = Literal["converged", "stagnated", "indefinite at storage precision", "step limit", "not converged"]
 
@@ -39,7 +51,7 @@ class Result:
 
     status: Status  # whether the result is as good as requested; there are numbers in any case
     message: str  # one sentence: why the solver stopped, and what to do if that was too early
-    # The rest is written by :func:`ntkpipe.solvers.recording.recorded`.
+    # The rest is written by :func:`ntkpipe.solvers.result.recorded`.
     work: Work = field(default_factory=Work)  # passes, bytes and seconds in products with the matrix
     seconds: float = 0.0  # of the whole call
     options: Mapping[str, Any] = field(default_factory=dict)  # of the call, defaults filled in
@@ -128,3 +140,57 @@ def _dtype_of(annotation: Any) -> Any:
 @cache
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
     return TypeAdapter(annotation)
+
+
+def recorded(
+    *, keep_tiles: bool | Callable[[Mapping[str, Any]], bool] = True
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a solver or an analysis: its arguments are checked, its matrix opened, its result says how it was found.
+
+    A first parameter ``matrix`` or ``kernel`` arrives as an :class:`Operator`, and ``memory_limit`` as the
+    :class:`Budget` that is left beside its tiles; ``keep_tiles``, which may depend on the arguments, says whether these
+    are worth keeping for another pass.
+
+    The matrix is refused if squares of its entries leave float64, see :meth:`Operator.require_range`.
+
+    The function begins with ``operator: Operator = matrix`` and ``budget = Budget.of(memory_limit)``. ``options`` of
+    its result become the plain arguments, updated by those that it returns; ``work`` and ``seconds`` are added to what
+    it returns, such as those of an earlier process.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        first = next(iter(parameters_of(function)))
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            begin, given = perf_counter(), bound(function, args, kwargs)
+            options = {name: _as_json(given[name]) for name in options_of(function)}
+            if "memory_limit" in given:
+                budget = Budget.of(given["memory_limit"])
+                options["memory_limit"] = budget.limit
+                given["memory_limit"] = budget
+            operator = None
+            if first in MATRICES:
+                threads: Any = given.get("threads")
+                keep = keep_tiles if isinstance(keep_tiles, bool) else keep_tiles(given)
+                operator, budget = open_for_solver(given[first], budget, keep_tiles=keep, threads=threads)
+                given |= {first: operator, "memory_limit": budget}
+                before = operator.work
+                operator.require_range()
+            result = function(**given)  # type: ignore[call-arg]
+            of_matrix: dict[str, Any] = {}
+            if operator is not None:
+                of_matrix = {"matrix": operator.identity(), "work": result.work + (operator.work - before)}
+            seconds = result.seconds + perf_counter() - begin
+            return replace(result, options={**options, **result.options}, seconds=seconds, **of_matrix)
+
+        call.__doc__ = completed(function, ERRORS)
+        return call
+
+    return decorate
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

@@ -1,7 +1,7 @@
 """The table of solvers and analyses. A row makes a command, a workflow step, a saved result, a section, a line of docs.
 
 To add one, write a function of operators and arrays with a result (:class:`ntkpipe.solvers.result.Result`), decorated
-with :func:`ntkpipe.solvers.recording.recorded`, and give it a row here. Parameters that are named as in
+with :func:`ntkpipe.solvers.result.recorded`, and give it a row here. Parameters that are named as in
 :mod:`ntkpipe.steps.inputs` get what the store holds, others with plain types become options.
 """
 
@@ -66,7 +66,7 @@ _ENTRIES = (
     ),
     Entry(
         "slq_logdet",
-        ".solvers.spectral.slq_logdet:slq_logdet",
+        ".solvers.spectral.logdet:slq_logdet",
         "log determinant of K + λI, estimated by stochastic Lanczos quadrature",
     ),
     Entry(

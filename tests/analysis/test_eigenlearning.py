@@ -88,3 +88,11 @@ def test_what_is_no_population_is_refused():
         eigenlearning([1.0, 0.5], [1.0], 5, 0.1)
     with pytest.raises(ConfigError, match="ridge=-1"):
         effective_ridge([1.0], 5, -1.0)
+
+
+@pytest.mark.parametrize("ridge", [1e-18, 1e-40, 1e-70])
+def test_a_ridge_below_rounding_leaves_numbers(ridge):
+    """γ is one there to rounding, and 1 - γ is not taken from it."""
+    with np.errstate(all="raise", under="ignore"):
+        found = canatar(np.ones(4), np.ones(4), 4, ridge)
+    assert 0.0 <= found[0] < 1e-7

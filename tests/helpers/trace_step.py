@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ntkpipe.base.budget import MemoryLimit
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Result
+from ntkpipe.solvers.result import Result, recorded
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -300,7 +301,7 @@ def test_what_does_not_fit_is_streamed_and_says_so(store, monkeypatch: pytest.Mo
     exact = make_text(store)
     monkeypatch.setattr("ntkpipe.solvers.inverse.choice.eigh", too_large)
     monkeypatch.setattr("ntkpipe.analysis.spectrum.eigvalsh", too_large)
-    monkeypatch.setattr("ntkpipe.solvers.inverse.choice.factor_fits", lambda *_: False)
+    monkeypatch.setattr("ntkpipe.solvers.inverse.choice.bytes_of_cholesky", lambda *_: math.inf)
     for name in ("spectrum", "alignment", "generalisation"):
         (Path(store.path) / "results" / name / "zarr.json").unlink()
     # Eigenpairs that are known stay with the open store.

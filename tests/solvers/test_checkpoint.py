@@ -16,7 +16,7 @@ from ntkpipe.solvers.inverse.solve import solve_path
 from ntkpipe.solvers.spectral.density import density
 from ntkpipe.solvers.spectral.krylov import is_due
 from ntkpipe.solvers.spectral.lanczos import eigsh
-from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
+from ntkpipe.solvers.spectral.logdet import slq_logdet
 from ntkpipe.solvers.spectral.smallest import smallest
 from ntkpipe.store.results import Checkpoint
 

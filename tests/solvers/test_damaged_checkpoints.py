@@ -15,7 +15,7 @@ from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.inverse.solve import solve, solve_path
 from ntkpipe.solvers.spectral.density import density
 from ntkpipe.solvers.spectral.lanczos import eigsh
-from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
+from ntkpipe.solvers.spectral.logdet import slq_logdet
 from ntkpipe.solvers.spectral.smallest import smallest
 from ntkpipe.store.results import Checkpoint
 

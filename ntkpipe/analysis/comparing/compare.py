@@ -44,8 +44,7 @@ from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.inverse.passes import recurrence_for
 from ntkpipe.solvers.inverse.solve import solve
 from ntkpipe.solvers.memory import bytes_of_solve
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Status, ignore
+from ntkpipe.solvers.result import Monitor, Status, ignore, recorded
 from ntkpipe.store.results import Checkpoint
 
 if TYPE_CHECKING:

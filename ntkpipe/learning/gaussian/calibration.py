@@ -15,7 +15,7 @@ from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, encode, encode_test, note_on_unknown
 from ntkpipe.learning.gaussian.process import Posterior
 from ntkpipe.learning.regression.sources import OfTargets
-from ntkpipe.solvers.recording import recorded
+from ntkpipe.solvers.result import recorded
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _NODES = 64

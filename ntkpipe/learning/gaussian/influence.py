@@ -11,8 +11,7 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.tables import TableRows
 from ntkpipe.learning.regression.sources import CrossKernel, OfTargets, initial_matrix
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Result
+from ntkpipe.solvers.result import Result, recorded
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelSet
 

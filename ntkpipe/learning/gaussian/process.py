@@ -27,8 +27,7 @@ from ntkpipe.base.targets import Task
 from ntkpipe.learning.regression.sources import CountedStages, CrossKernel, OfTargets, train_targets
 from ntkpipe.solvers.inverse.choice import find_inverse
 from ntkpipe.solvers.inverse.contract import Verdict
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, ignore
+from ntkpipe.solvers.result import Monitor, ignore, recorded
 from ntkpipe.store.results import Checkpoint
 
 ProcessMethod = Literal["auto", "cholesky", "streamed"]

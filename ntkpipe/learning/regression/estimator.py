@@ -42,7 +42,7 @@ class KernelRegression:
     ridge
         λ ≥ 0, which is added to the diagonal. Zero is interpolation, and where K is singular the Moore–Penrose
         (minimum-norm least-squares) solution, of eigenvalues above a cut-off that the result names, see
-        :func:`ntkpipe.solvers.inverse.eigenpairs.cut_off`.
+        :func:`ntkpipe.solvers.inverse.exact.cut_off`.
     ridge_scale
         Unit of the ridge. None is absolute, ``"mean_diagonal"`` the mean of the diagonal.
     method

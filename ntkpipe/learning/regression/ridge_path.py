@@ -34,8 +34,7 @@ from ntkpipe.learning.regression.sources import (
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import find_inverse
 from ntkpipe.solvers.inverse.contract import UNKNOWN, Fit, InverseMethod, Question, as_fields
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Status, ignore
+from ntkpipe.solvers.result import Monitor, Status, ignore, recorded
 from ntkpipe.store.results import Checkpoint
 
 PathMethod = Literal["auto"] | InverseMethod

@@ -19,21 +19,23 @@ from ntkpipe.base.resources import format_bytes, num_cores
 from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.operators.blas import Pool
 from ntkpipe.solvers.direct.factor import CholeskyFactor
-from ntkpipe.solvers.direct.factor_folder import FACTOR_ARRAY, FactorFolder, FactorState, Pivots, require_same
 from ntkpipe.solvers.direct.panels import (
+    FACTOR_ARRAY,
+    FactorFolder,
+    FactorState,
     Panels,
-    PanelsInMemory,
+    Pivots,
     Shape,
     StoredPanels,
     bytes_in_memory,
     bytes_of_panel,
+    require_same,
     usual_shape,
     widest_shape,
 )
 from ntkpipe.solvers.direct.triangular import ROWS_OF_THREAD, NotPositiveError, factor_in_place
-from ntkpipe.solvers.lowest import lowest_eigenvalue, rounded_up
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Step, ignore
+from ntkpipe.solvers.probe_lanczos import lowest_eigenvalue
+from ntkpipe.solvers.result import Monitor, Step, ignore, recorded
 
 _MOST_JITTERS = 5
 _JITTER_FACTOR = 10.0
@@ -102,7 +104,7 @@ def cholesky(
 
 def bytes_of_cholesky(num_rows: int) -> int:
     """Memory of a factor that is not in files while it is made: ``4 n²`` bytes and some panels."""
-    return bytes_in_memory(usual_shape(num_rows, None), num_cores())
+    return bytes_in_memory(usual_shape(num_rows, None))
 
 
 @dataclass
@@ -132,13 +134,13 @@ def _opened(task: _Task, path: str | Path | None) -> Iterator[None]:
     """A factorisation in memory, or in a locked folder with what it holds already."""
     if path is None:
         shape = usual_shape(task.operator.num_rows, task.panel_width)
-        if (needed := bytes_in_memory(shape, task.num_threads)) > task.room:
+        if (needed := bytes_in_memory(shape)) > task.room:
             raise ResourceError(
                 f"the Cholesky factor of {shape.num_rows:,} rows needs {format_bytes(needed)} of memory; "
                 f"{format_bytes(max(0, task.room))} may be used. Give path=, a folder: the factor is then written "
                 "there in panels that fit"
             )
-        task.panels, task.state = PanelsInMemory(shape), task.begin(shape)
+        task.panels, task.state = Panels(shape), task.begin(shape)
         yield
         return
     folder = FactorFolder(path)
@@ -264,7 +266,7 @@ def _indefinite_error(task: _Task, number: int, error: NotPositiveError) -> Inde
     added = f"ridge={state.ridge:.4g}" + (f" and a jitter of {state.jitter:.4g}" if state.jitter else "")
     lowest = lowest_eigenvalue(task.operator)
     # At least twice what was added and does not do, should the estimate be wrong.
-    ridge, floor = max(lowest.ridge, rounded_up(2.0 * (state.ridge + state.jitter))), lowest.floor
+    ridge, floor = lowest.ridge(2.0 * (state.ridge + state.jitter)), lowest.floor
     message = (
         f"with {added} the leading {row + 1:,} rows are not positive definite: pivot {error.pivot:.4g} in row {row:,}, "
         f"panel {number + 1} of {state.shape.num_panels}; {lowest.words}. Give a ridge of at least {ridge:.2g}"

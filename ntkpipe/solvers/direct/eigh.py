@@ -5,15 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.errors import NonFiniteError, SelfCheckError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.memory import bytes_of_density, bytes_of_eigsh
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Step, ignore
+from ntkpipe.solvers.result import Monitor, Step, ignore, recorded
 
 MOST_ROWS_OF_32_BITS = 32766  # for more the workspace of LAPACK's eigh, 1 + 6 n + 2 n², exceeds 32-bit integers
 _EPS = float(np.finfo(np.float64).eps)
@@ -119,15 +118,14 @@ def _read(operator: Operator) -> tuple[FloatArray, float, float]:
     num_rows = operator.num_rows
     upper = np.zeros((num_rows, num_rows))
     trace, squared = 0.0, 0.0
-    for first in range(0, num_rows, _ROWS_AT_ONCE):
-        stop = min(first + _ROWS_AT_ONCE, num_rows)
-        panel = operator.block(slice(first, stop), slice(first, num_rows))
-        upper[first:stop, first:] = panel
-        square, rest = panel[:, : stop - first], panel[:, stop - first :]
+    for rows in runs(num_rows, _ROWS_AT_ONCE):
+        panel = operator.block(rows, slice(rows.start, num_rows))
+        upper[rows, rows.start :] = panel
+        square, rest = np.split(panel, [len(panel)], axis=1)
         trace += float(square.trace())
         squared += float(np.einsum("ij,ij->", square, square)) + 2 * float(np.einsum("ij,ij->", rest, rest))
     if not np.isfinite(squared):
-        raise NonFiniteError("the matrix holds NaN or infinity, or entries whose squares are beyond float64")
+        raise NonFiniteError("the matrix holds NaN or infinity")
     return upper, trace, squared**0.5
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
@@ -162,8 +162,8 @@ class CholeskyFactor(Result):
         check_number("columns_at_once", at_once, low=1)
         order = np.argsort(wanted, kind="stable")
         found = np.empty(len(wanted))
-        for start in range(0, len(wanted), at_once):
-            places = order[start : start + at_once]
+        for some in runs(len(wanted), at_once):
+            places = order[some]
             of_rows = wanted[places]
             # A column of inv(L) begins at its diagonal, so earlier panels contribute nothing.
             first_panel = int(of_rows[0]) // self.panel_width

@@ -12,11 +12,11 @@ from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes
+from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky
 from ntkpipe.solvers.direct.eigh import eigh
 from ntkpipe.solvers.eigenpairs import Eigenpairs, check_eigenpairs
 from ntkpipe.solvers.inverse.contract import Inverse, InverseMethod
-from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs, eigenpairs_fit
-from ntkpipe.solvers.inverse.factor import ByFactors, factor_fits
+from ntkpipe.solvers.inverse.exact import ByEigenpairs, ByFactors, eigenpairs_fit
 from ntkpipe.solvers.inverse.passes import ByPasses
 from ntkpipe.solvers.memory import sizes_of_eigsh
 from ntkpipe.solvers.result import Monitor, ignore
@@ -121,7 +121,7 @@ def find_inverse(
     n = operator.num_rows
     if eigenpairs is not None and method in {"auto", "eigh"}:
         return ByEigenpairs(operator, check_eigenpairs(operator, eigenpairs), "all eigenpairs were given")
-    fits = {"eigh": eigenpairs_fit(n, budget), "cholesky": path is not None or factor_fits(n, budget)}
+    fits = {"eigh": eigenpairs_fit(n, budget), "cholesky": path is not None or budget.fits(bytes_of_cholesky(n))}
     costs = {"eigh": _OF_EIGENPAIRS, "cholesky": len(ridges) * (_OF_FACTOR + (_OF_BLOCKS if with_blocks else 0.0))}
     if 0.0 in ridges:  # only eigenpairs solve with a singular matrix
         costs["cholesky"] += costs["eigh"]

@@ -10,15 +10,12 @@ from ntkpipe.base.budget import Budget
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.inverse.contract import INDEFINITE, UNKNOWN, Fit, Inverse, Question, Verdict, WithError
-from ntkpipe.solvers.linear.cg import RECURRENCES
+from ntkpipe.solvers.linear.cg import RECURRENCES, Iterate, Iteration
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, default_rank, preconditioner_of
-from ntkpipe.solvers.linear.residual_replacement import Iterate, Iteration
-from ntkpipe.solvers.memory import bytes_of_solve
+from ntkpipe.solvers.memory import BLOCKS, FACTORS
 from ntkpipe.solvers.result import Monitor, Step
-from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
+from ntkpipe.solvers.spectral.logdet import slq_logdet
 
-# Blocks of the shape of the right-hand sides, and of the preconditioner, that a solve has in memory at a time.
-BLOCKS, FACTORS = bytes_of_solve(1, 1, 0) // 8, bytes_of_solve(1, 0, 1) // 8
 # Share of the free memory, so that there is room for what else the process does.
 _SHARE = 0.9
 _MOST_COLUMNS = 256
@@ -79,7 +76,7 @@ class ByPasses(Inverse):
         rank = max(1, min(default_rank(operator.num_rows), vectors // 2 // FACTORS))
         self.columns_at_once = max(1, min(_MOST_COLUMNS, (vectors - FACTORS * rank) // BLOCKS))
         self._before = operator.work
-        self._preconditioner = preconditioner_of(operator, "rpcholesky", rank, ridge=0.0, seed=seed)
+        self._preconditioner = preconditioner_of(operator, "rpcholesky", rank, seed)
         words = f"conjugate gradients, rank {rank:,}, up to {self.columns_at_once} columns at a time"
         self.why = f"{why}; {words}" if why else words
 

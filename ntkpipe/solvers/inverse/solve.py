@@ -13,20 +13,17 @@ from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work, digest_of
-from ntkpipe.base.ridge import RidgeScale, absolute_ridge
+from ntkpipe.base.ridge import RidgeScale, absolute_ridge, absolute_ridges
 from ntkpipe.base.targets import Task
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.blocks import as_block, as_targets
 from ntkpipe.solvers.checkpoint import Stages
-from ntkpipe.solvers.inverse.systems import Solution, SolutionPath, SolveMethod, SolveOptions, Systems
-from ntkpipe.solvers.linear.checkpoint import SystemCheckpoint
+from ntkpipe.solvers.inverse.systems import Solution, SolutionPath, SolveMethod, SolveOptions, SystemCheckpoint, Systems
 from ntkpipe.solvers.linear.preconditioner import Preconditioner
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, ignore
+from ntkpipe.solvers.result import Monitor, ignore, recorded
 from ntkpipe.store.results import Checkpoint
 
 _MOST_PASSES = 1000
-_LARGEST = float(np.finfo(np.float64).max)
 
 
 @recorded()
@@ -66,7 +63,7 @@ def solve(
         which takes fewer passes and more arithmetic in this process. ``cholesky``: the tiled factor, in memory or in
         files below ``path``, with one step of refinement. ``eigh``: all eigenpairs, ``16 n²`` bytes; without a ridge
         the solution of smallest norm, where eigenvalues up to a cut-off count as zero, see
-        :func:`ntkpipe.solvers.inverse.eigenpairs.cut_off`. ``auto``: whichever takes fewer operations of Cholesky, if
+        :func:`ntkpipe.solvers.inverse.exact.cut_off`. ``auto``: whichever takes fewer operations of Cholesky, if
         it fits memory or has a path, and ``block_cg`` (``pcg`` for one column). Conjugate gradients that turn out slow
         are given up for Cholesky, and a Cholesky that meets a pivot that is not positive, or misses ``tol``, for
         conjugate gradients; without a ridge, where K is singular or not surely regular, for ``eigh`` if that fits.
@@ -103,7 +100,7 @@ def solve(
     """
     operator: Operator = matrix
     encoded, block, shape = as_targets(rhs, operator, task)
-    (absolute,) = _absolute([ridge], ridge_scale, operator)
+    absolute = absolute_ridge(ridge, ridge_scale, operator.diagonal)
     guess = None if initial is None else as_block("initial coefficients", initial, operator.num_rows)
     if guess is not None and guess.shape != block.shape:
         raise ConfigError(f"initial of {guess.shape[1]} columns for right-hand sides of {block.shape[1]}")
@@ -165,7 +162,7 @@ def solve_path(
     operator: Operator = matrix
     before = operator.work
     encoded, block, shape = as_targets(rhs, operator, task)
-    values = _absolute(ridges, ridge_scale, operator)
+    values = absolute_ridges(ridges, ridge_scale, operator.diagonal)
     budget, passes = Budget.of(memory_limit), _MOST_PASSES if max_passes is None else max_passes
     options = SolveOptions(method, tol, rank, preconditioner, passes, seed, budget, monitor)
     decides = _decides(operator, block, values, options)
@@ -176,7 +173,7 @@ def solve_path(
     for number in sorted(range(len(values)), key=lambda i: -values[i]):
         name, start = f"ridge-{number}", guess
 
-        def run(ridge: float = values[number], name: str = name, start: Any = start) -> Solution:
+        def run(ridge: float = float(values[number]), name: str = name, start: Any = start) -> Solution:
             kept = SystemCheckpoint(stages.part(name), {**decides, "ridge": ridge}, block.shape)
             return systems.solve(ridge, start, kept)
 
@@ -191,7 +188,7 @@ def solve_path(
         status=worst.status,
         message=worst.message,
         work=sum((one.work for one in solutions), Work()) - (operator.work - before),
-        ridges=np.array(values),
+        ridges=values,
         coefficients=np.stack([one.coefficients for one in solutions]),
         residuals=np.stack([one.residuals for one in solutions]),
         statuses=tuple(one.status for one in solutions),
@@ -202,14 +199,7 @@ def solve_path(
     )
 
 
-def _absolute(ridges: Sequence[float], scale: RidgeScale, operator: Operator) -> list[float]:
-    if not len(ridges):
-        raise ConfigError("no ridge is given; needed at least one")
-    found = [absolute_ridge(ridge, scale, operator.diagonal) for ridge in ridges]
-    return [float(check_number("ridge", ridge, low=0.0, high=_LARGEST)) for ridge in found]
-
-
-def _decides(operator: Operator, rhs: FloatArray, ridge: float | list[float], options: SolveOptions) -> dict[str, Any]:
+def _decides(operator: Operator, rhs: FloatArray, ridge: float | FloatArray, options: SolveOptions) -> dict[str, Any]:
     """Everything that a checkpoint must have been made with; after a check of the options."""
     check_number("tol", options.tol, low=0.0)
     check_number("max_passes", options.max_passes, low=2)

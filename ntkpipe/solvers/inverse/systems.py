@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,26 +16,31 @@ from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import ConfigError, IndefiniteError, ResourceError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows
-from ntkpipe.solvers.checkpoint import Stages
+from ntkpipe.solvers.checkpoint import Journal, Stages, as_work
 from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, cholesky
 from ntkpipe.solvers.inverse.choice import cost_of_factor, cost_of_iterating, cost_of_iteration, hopeless_after
 from ntkpipe.solvers.inverse.contract import Verdict
-from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs, eigenpairs_fit
-from ntkpipe.solvers.inverse.factor import doubt_of
+from ntkpipe.solvers.inverse.exact import ByEigenpairs, doubt_of, eigenpairs_fit
 from ntkpipe.solvers.inverse.passes import Recurrence, iterate, recurrence_for
-from ntkpipe.solvers.linear.checkpoint import Stage, SystemCheckpoint, preconditioner_once
-from ntkpipe.solvers.linear.preconditioner import Preconditioner, checked_rank, preconditioner_of
-from ntkpipe.solvers.linear.residual_replacement import IterationState
+from ntkpipe.solvers.linear.cg import IterationState
+from ntkpipe.solvers.linear.preconditioner import (
+    Preconditioner,
+    checked_rank,
+    preconditioner_from,
+    preconditioner_of,
+    preconditioner_once,
+    saved_of,
+)
 from ntkpipe.solvers.memory import bytes_of_solve
 from ntkpipe.solvers.result import Monitor, Result, Status, Step
+from ntkpipe.store.results import Checkpoint, as_integer, as_number
 
 SolveMethod = Literal["auto", "eigh", "cholesky", "pcg", "block_cg"]
-_WORDS = {
-    "eigh": "the minimum norm",
-    "cholesky": "Cholesky",
-    "pcg": "conjugate gradients",
-    "block_cg": "conjugate gradients",
-}
+# Conjugate gradients are running; were given up for a factor; or run since a factor was of no use.
+Stage = Literal["iterating", "given up", "no factor"]
+_PROGRESS = ("solution", "history", "checks", "check_residuals")
+_FAILURES = {IndefiniteError: "Cholesky met a pivot that is not positive", ResourceError: "Cholesky has no room"}
+_WORDS = {"eigh": "the minimum norm", "cholesky": "Cholesky"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +136,64 @@ class SolveOptions:
         return checked_rank(self.rank, operator.num_rows)
 
 
+class SystemCheckpoint:
+    """The state of one system and its checkpoint, if there is one; an earlier state is read at once."""
+
+    def __init__(self, checkpoint: Checkpoint | None, decides: Mapping[str, Any], shape: tuple[int, int]) -> None:
+        self._journal = Journal(checkpoint, decides)
+        self._number = 0
+        self.preconditioner: Preconditioner | None = None  # made here, not given
+        self.progress: IterationState | None = None
+        self.stage: Stage | None = None
+        self.why = ""
+        self.work, self.seconds, self.made = Work(), 0.0, Work()
+        if self._journal.earlier is not None:
+            with self._journal.reading():
+                self._read(self._journal.earlier, shape)
+
+    def _read(self, state: Mapping[str, Any], shape: tuple[int, int]) -> None:
+        if state["stage"] not in get_args(Stage) or not isinstance(state["why"], str):
+            raise ValueError(f"its stage is {str(state['stage'])[:40]!r}")
+        self.stage, self.why = cast(Stage, state["stage"]), state["why"]
+        self.work, self.seconds, self.made = as_work(state["work"]), as_number(state["seconds"]), as_work(state["made"])
+        if (made := state["preconditioner"]) is not None:
+            get, rank = self._journal.getter("preconditioner-"), as_integer(made["rank"])
+            arrays = {"vectors": get("vectors", (shape[0], rank)), "values": get("values", (rank,))}
+            self.preconditioner = preconditioner_from({**made, **arrays})
+        if (at := state["progress"]) is not None:
+            self._number, columns = as_integer(at["number"]), shape[1]
+            iterations, num_checks = as_integer(at["iterations"]), as_integer(at["num_checks"])
+            get, prefix = self._journal.get, f"progress-{self._number}"
+            self.progress = IterationState(
+                solution=get(f"{prefix}-solution", shape),
+                # NaN in columns that have overflowed.
+                history=get(f"{prefix}-history", (iterations, columns), allow_nan=True),
+                checks=get(f"{prefix}-checks", (num_checks,), dtype=np.int64),
+                check_residuals=get(f"{prefix}-check_residuals", (num_checks, columns)),
+                replacements=as_integer(at["replacements"]),
+                passes=as_integer(at["passes"]),
+            )
+
+    def save(self, stage: Stage, why: str, work: Work, seconds: float, progress: IterationState | None = None) -> None:
+        """Replace the state, and that of the iteration if one is given."""
+        self.stage, self.why = stage, why
+        if progress is not None:
+            # With new names, since arrays of the committed state must stay until the next state is committed.
+            self.progress, self._number = progress, self._number + 1
+        state: dict[str, Any] = {"stage": stage, "why": why, "work": work, "seconds": seconds, "made": self.made}
+        state |= {"preconditioner": None, "progress": None}
+        arrays: dict[str, Any] = {}
+        if (made := self.preconditioner) is not None:
+            saved = saved_of(made)
+            arrays |= {f"preconditioner-{name}": saved.pop(name) for name in ("vectors", "values")}
+            state["preconditioner"] = saved
+        if (at := self.progress) is not None:
+            sizes = {"number": self._number, "iterations": at.iterations, "num_checks": len(at.checks)}
+            state["progress"] = {**sizes, "replacements": at.replacements, "passes": at.passes}
+            arrays |= {f"progress-{self._number}-{name}": getattr(at, name) for name in _PROGRESS}
+        self._journal.save(state, arrays)
+
+
 class _UnfitError(Exception):
     """A method is of no use for a system; it says why."""
 
@@ -172,7 +235,7 @@ class Systems:
         if self._preconditioner is None and stages is not None and "preconditioner" in stages:
             self._preconditioner = self._make()
         in_files = options.path is not None
-        fits = in_files or bytes_of_cholesky(n) <= budget.room()
+        fits = in_files or budget.fits(bytes_of_cholesky(n))
         self._factoring = cost_of_factor(operator, budget, in_files=in_files) if fits else math.inf
         made = 0 if self._preconditioner else self._rank
         self._iterating = cost_of_iterating(operator, columns, self._rank, made, num_ridges)
@@ -189,13 +252,13 @@ class Systems:
             except (_UnfitError, IndefiniteError, ResourceError) as error:
                 if number == len(attempts) - 1:
                     raise
-                self._why = _failure(error)
+                self._why = _FAILURES.get(type(error), str(error))
                 continue
             if best is None or found.status == "converged" or found.worst < best[0].worst:
                 best = found, self._why
             if found.status in {"converged", "step limit"}:
                 break
-            self._why = f"{_WORDS[found.method]} left a residual of {found.worst:.2g}"
+            self._why = f"{_WORDS.get(found.method, 'conjugate gradients')} left a residual of {found.worst:.2g}"
         assert best is not None
         return self._solution(ridge, *best)
 
@@ -286,7 +349,7 @@ class Systems:
 
     def _make(self) -> Preconditioner:
         kind, seed = str(self._options.preconditioner), self._options.seed
-        make = partial(preconditioner_of, self._operator, kind, self._rank, ridge=0.0, seed=seed)
+        make = partial(preconditioner_of, self._operator, kind, self._rank, seed)
         return make() if self._stages is None else preconditioner_once(self._stages, self._operator.num_rows, make)
 
     def _spent(self) -> tuple[Work, float]:
@@ -325,12 +388,6 @@ class Systems:
 
 def _given_up(state: IterationState | None) -> str:
     return f"conjugate gradients were given up after {state.iterations if state else 0} iterations, as too slow"
-
-
-def _failure(error: Exception) -> str:
-    if isinstance(error, _UnfitError):
-        return str(error)
-    return f"Cholesky {'met a pivot that is not positive' if isinstance(error, IndefiniteError) else 'has no room'}"
 
 
 def _relative(norms: FloatArray, sizes: FloatArray) -> FloatArray:

@@ -1,20 +1,24 @@
 """Preconditioners of K + λI: a low-rank approximation of K plus a multiple of the identity."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.ridge import checked_ridge
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import as_operator
+from ntkpipe.solvers.checkpoint import Stages, as_work
+from ntkpipe.store.results import as_number
 
 _MOST_RANK = 1000
 _LEAST_COLUMNS_PER_RANK = 10
@@ -24,6 +28,9 @@ _ROWS_AT_ONCE = 16384
 _MOST_SHIFTS = 20
 
 
+PreconditionerMethod = Literal["rpcholesky", "nystrom"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preconditioner:
     """``P = F F' + μ I`` by the eigenvectors of F F', so that any power of it is two thin products."""
@@ -31,11 +38,11 @@ class Preconditioner:
     vectors: FloatArray  # orthonormal, shape (n, rank), float64: its only large array
     values: FloatArray  # eigenvalues of F F', shape (rank,), descending
     tail: float  # mean of the diagonal of K - F F', but not less than the storage floor of K
-    ridge: float  # λ
-    method: Literal["rpcholesky", "nystrom"]  # how F was made
+    method: PreconditionerMethod  # how F was made
     shift: float  # what was added to K to make a Nyström approximation stable and was subtracted again; 0 otherwise
     work: Work  # cost of making it
     seconds: float
+    ridge: float = 0.0  # λ
 
     @property
     def num_rows(self) -> int:
@@ -82,9 +89,24 @@ def default_rank(num_rows: int) -> int:
     return max(1, min(_MOST_RANK, num_rows // _LEAST_COLUMNS_PER_RANK))
 
 
+# Eigenvectors and eigenvalues of F F', the tail, and the shift.
+_Parts = tuple[FloatArray, FloatArray, float, float]
+
+
 @single_threaded_blas()
+def _made(
+    method: PreconditionerMethod, matrix: Any, rank: int | None, parts: Callable[[Operator, int], _Parts]
+) -> Preconditioner:
+    start, operator = perf_counter(), as_operator(matrix)
+    operator.require_range()
+    before = operator.work
+    vectors, values, tail, shift = parts(operator, checked_rank(rank, operator.num_rows))
+    found: dict[str, Any] = {"vectors": vectors, "values": values, "tail": tail, "shift": shift, "method": method}
+    return Preconditioner(**found, work=operator.work - before, seconds=perf_counter() - start)
+
+
 def randomly_pivoted_cholesky(
-    matrix: Any, rank: int | None = None, *, ridge: float = 0.0, rounds: int = 5, seed: int = 0
+    matrix: Any, rank: int | None = None, *, rounds: int = 5, seed: int = 0
 ) -> Preconditioner:
     """A preconditioner from columns of K, chosen at random in proportion to what is not yet approximated.
 
@@ -95,17 +117,17 @@ def randomly_pivoted_cholesky(
 
     Memory is three blocks of shape (n, rank) in float64 while it is made, one later. 4 n rank² multiplications.
     """
-    start, operator = perf_counter(), _opened(matrix)
-    rank, ridge = checked_rank(rank, operator.num_rows), checked_ridge(ridge)
     check_number("rounds", rounds, low=1)
-    before, n = operator.work, operator.num_rows
-    diagonal, storage_floor = operator.diagonal(), operator.storage_floor()
+    return _made("rpcholesky", matrix, rank, partial(_by_columns, rounds=rounds, rng=np.random.default_rng(seed)))
+
+
+def _by_columns(operator: Operator, rank: int, *, rounds: int, rng: np.random.Generator) -> _Parts:
+    n, diagonal, storage_floor = operator.num_rows, operator.diagonal(), operator.storage_floor()
     if not np.isfinite(diagonal).all():
         raise NonFiniteError("the diagonal of the matrix holds NaN or infinity")
     residual = np.maximum(diagonal, 0.0)
     eps = float(np.finfo(operator.storage_dtype).eps) + 16 * float(np.finfo(np.float64).eps)
     noise = _NOISE * eps * residual
-    rng = np.random.default_rng(seed)
     factor, done = np.empty((n, rank)), 0
     for number in range(rounds):
         wanted = -(-(rank - done) // (rounds - number))
@@ -120,7 +142,7 @@ def randomly_pivoted_cholesky(
         if not len(pivots):
             break
         found = factor[:, done : done + len(pivots)]
-        for rows in _row_blocks(n):
+        for rows in runs(n, _ROWS_AT_ONCE):
             found[rows] = _solve_rows(lower, columns[rows, pivots])
         del columns
         residual -= np.einsum("ij,ij->i", found, found)
@@ -130,16 +152,7 @@ def randomly_pivoted_cholesky(
     if not np.isfinite(residual).all():
         raise NonFiniteError("columns of the matrix hold NaN or infinity")
     vectors, values = _left_singular(factor[:, :done])
-    return Preconditioner(
-        vectors=vectors,
-        values=values,
-        tail=max(float(residual.mean()), storage_floor),
-        ridge=ridge,
-        method="rpcholesky",
-        shift=0.0,
-        work=operator.work - before,
-        seconds=perf_counter() - start,
-    )
+    return vectors, values, max(float(residual.mean()), storage_floor), 0.0
 
 
 def _pivots_among(
@@ -165,8 +178,7 @@ def _pivots_among(
     return chosen, np.tril(columns[chosen, : len(chosen)])
 
 
-@single_threaded_blas()
-def nystrom(matrix: Any, rank: int | None = None, *, ridge: float = 0.0, seed: int = 0) -> Preconditioner:
+def nystrom(matrix: Any, rank: int | None = None, *, seed: int = 0) -> Preconditioner:
     """A preconditioner from one product of K with random vectors.
 
     The randomised Nyström approximation of Frangella, Tropp, Udell (arXiv 2110.02820, algorithm 2.1): one pass of
@@ -177,11 +189,12 @@ def nystrom(matrix: Any, rank: int | None = None, *, ridge: float = 0.0, seed: i
 
     One pass, and one for the diagonal where that is not known. Memory is four blocks of shape (n, rank) in float64.
     """
-    start, operator = perf_counter(), _opened(matrix)
-    rank, ridge = checked_rank(rank, operator.num_rows), checked_ridge(ridge)
-    before = operator.work
+    return _made("nystrom", matrix, rank, partial(_by_product, rng=np.random.default_rng(seed)))
+
+
+def _by_product(operator: Operator, rank: int, *, rng: np.random.Generator) -> _Parts:
     trace, storage_floor = operator.trace(), operator.storage_floor()
-    test = np.linalg.qr(np.random.default_rng(seed).standard_normal((operator.num_rows, rank)))[0]
+    test = np.linalg.qr(rng.standard_normal((operator.num_rows, rank)))[0]
     product = operator.matmat(test)
     if not np.isfinite(product).all():
         raise NonFiniteError("the matrix holds NaN or infinity")
@@ -190,16 +203,7 @@ def nystrom(matrix: Any, rank: int | None = None, *, ridge: float = 0.0, seed: i
     values = values - shift
     kept = values > max(_NOISE**2 * shift, storage_floor)
     tail = (trace - float(values[kept].sum())) / operator.num_rows
-    return Preconditioner(
-        vectors=np.ascontiguousarray(vectors[:, kept]),
-        values=values[kept],
-        tail=max(tail, storage_floor),
-        ridge=ridge,
-        method="nystrom",
-        shift=shift,
-        work=operator.work - before,
-        seconds=perf_counter() - start,
-    )
+    return np.ascontiguousarray(vectors[:, kept]), values[kept], max(tail, storage_floor), shift
 
 
 def _shifted_factor(test: FloatArray, product: FloatArray) -> tuple[FloatArray, float]:
@@ -220,7 +224,7 @@ def _shifted_factor(test: FloatArray, product: FloatArray) -> tuple[FloatArray, 
                 break
             continue
         factor = np.empty_like(product)
-        for rows in _row_blocks(len(product)):
+        for rows in runs(len(product), _ROWS_AT_ONCE):
             factor[rows] = _solve_rows(lower, product[rows] + shift * test[rows])
         return factor, shift
     raise ConfigError("the matrix is far from positive semi-definite; needed a kernel: it has no Nyström approximation")
@@ -232,13 +236,9 @@ def _left_singular(factor: FloatArray) -> tuple[FloatArray, FloatArray]:
         return np.zeros(factor.shape), np.zeros(0)
     vectors, upper = np.linalg.qr(factor)
     rotation, sizes, _ = np.linalg.svd(upper)
-    for rows in _row_blocks(len(vectors)):
+    for rows in runs(len(vectors), _ROWS_AT_ONCE):
         vectors[rows] = vectors[rows] @ rotation
     return vectors, sizes**2
-
-
-def _row_blocks(num_rows: int) -> list[slice]:
-    return [slice(first, first + _ROWS_AT_ONCE) for first in range(0, num_rows, _ROWS_AT_ONCE)]
 
 
 def _solve_rows(lower: NDArray[Any], rows: FloatArray) -> FloatArray:
@@ -251,13 +251,32 @@ def checked_rank(rank: int | None, num_rows: int) -> int:
     return default_rank(num_rows) if rank is None else min(int(check_number("rank", rank, low=1)), num_rows)
 
 
-def _opened(matrix: Any) -> Operator:
-    operator = as_operator(matrix)
-    operator.require_range()
-    return operator
-
-
-def preconditioner_of(operator: Operator, method: str, rank: int | None, *, ridge: float, seed: int) -> Preconditioner:
+def preconditioner_of(operator: Operator, method: str, rank: int | None, seed: int) -> Preconditioner:
     """Make the preconditioner of this name."""
-    makers = {"rpcholesky": randomly_pivoted_cholesky, "nystrom": nystrom}
-    return makers[method](operator, rank, ridge=ridge, seed=seed)
+    return (randomly_pivoted_cholesky if method == "rpcholesky" else nystrom)(operator, rank, seed=seed)
+
+
+def saved_of(made: Preconditioner) -> dict[str, Any]:
+    """What is saved of a preconditioner: its numbers, and two arrays."""
+    names = ("rank", "tail", "shift", "method", "work", "seconds", "vectors", "values")
+    return {name: getattr(made, name) for name in names}
+
+
+def preconditioner_from(saved: Mapping[str, Any]) -> Preconditioner:
+    """Restore a preconditioner from its numbers and arrays, which anybody may have written."""
+    vectors, values, work, method = (saved[name] for name in ("vectors", "values", "work", "method"))
+    numbers = {name: as_number(saved[name]) for name in ("tail", "shift", "seconds")}
+    is_finite = bool(np.isfinite(vectors).all() and np.isfinite(values).all())
+    if method not in get_args(PreconditionerMethod) or numbers["tail"] < 0.0 or not is_finite or (values < 0.0).any():
+        raise ValueError("its preconditioner is not positive definite")
+    work = work if isinstance(work, Work) else as_work(work)
+    return Preconditioner(vectors=vectors, values=values, method=method, work=work, **numbers)
+
+
+def preconditioner_once(stages: Stages, num_rows: int, make: Callable[[], Preconditioner]) -> Preconditioner:
+    """Make a preconditioner as a stage of a calculation, which is saved."""
+    found = stages.once("preconditioner", lambda: saved_of(make()))
+    with stages.journal.reading():
+        if found["vectors"].shape != (num_rows, len(found["values"])):
+            raise ValueError(f"its preconditioner has shape {found['vectors'].shape}")
+        return preconditioner_from(found)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -14,27 +14,14 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
-from ntkpipe.solvers.memory import bytes_of_density as bytes_of_density
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Status, ignore
+from ntkpipe.solvers.eigenpairs import Eigenpairs
+from ntkpipe.solvers.probe_lanczos import QuadratureRule, gauss_rule
+from ntkpipe.solvers.result import Monitor, Result, Status, ignore, recorded
 from ntkpipe.solvers.spectral.krylov import Sampler, Sampling
-from ntkpipe.solvers.spectral.quadrature import QuadratureRule, gauss_rule
 from ntkpipe.store.results import Checkpoint
 
 _NUM_THRESHOLDS = 64  # from the floor to the largest eigenvalue: there counts must have settled
 _EPS = float(np.finfo(np.float64).eps)
-
-
-class TopPairs(Protocol):
-    """Exact eigenpairs to splice in."""
-
-    @property
-    def eigenvalues(self) -> FloatArray:
-        """Values, shape (k,)."""
-
-    @property
-    def eigenvectors(self) -> FloatArray:
-        """Orthonormal vectors, shape (n, k)."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +106,7 @@ def density(
     *,
     num_probes: int = 16,
     num_steps: int | None = None,
-    top: TopPairs | None = None,
+    top: Eigenpairs | None = None,
     tol: float = 0.05,
     max_passes: int = 100,
     memory_limit: MemoryLimit = None,
@@ -161,7 +148,7 @@ def density(
     values, vectors = _exact_pairs(top, n)
     counting = _Counting(operator, options, values, vectors)
     spliced = None if vectors is None else digest_of(vectors)
-    counting.run(before, monitor, checkpoint, function="density", top=spliced)
+    counting.run(before, monitor, checkpoint, function="density", probes=num_probes, seed=seed, top=spliced)
     status, message, resolved = _judge(counting.counts, n, tol, counting.limit)
     return Density(
         status=status,
@@ -200,8 +187,8 @@ class _Counting(Sampler):
         self.counts = _count(self.rule, self._values, n, thresholds)
         monte_carlo, truncation = self.counts.standard_errors, self.counts.truncation_errors
         worst = float((monte_carlo + truncation).max()) / n
-        is_enough = worst <= self._options.tol or bool((truncation <= monte_carlo / 4).all())
-        return worst, is_enough and self._options.num_steps is None
+        is_enough = worst <= self._tol or bool((truncation <= monte_carlo / 4).all())
+        return worst, is_enough and self._is_open
 
 
 def _count(rule: QuadratureRule, exact: FloatArray, num_rows: int, thresholds: FloatArray) -> Counts:
@@ -235,7 +222,7 @@ def _judge(counts: Counts, num_rows: int, tol: float, limit: str) -> tuple[Statu
     return "not converged", f"{where}: the Monte-Carlo error is too large; give more probes", resolved
 
 
-def _exact_pairs(top: TopPairs | None, num_rows: int) -> tuple[FloatArray, FloatArray | None]:
+def _exact_pairs(top: Eigenpairs | None, num_rows: int) -> tuple[FloatArray, FloatArray | None]:
     """Check eigenpairs; values are returned in descending order."""
     if top is None:
         return np.zeros(0), None

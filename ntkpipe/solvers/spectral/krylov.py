@@ -6,17 +6,15 @@ Spaces do not multiply but are given products, so that one pass can serve severa
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.budget import Budget
 from ntkpipe.base.config import check_number
-from ntkpipe.base.errors import ConfigError, ResourceError
+from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work
-from ntkpipe.base.resources import format_bytes
 from ntkpipe.solvers.checkpoint import Get, Journal
 from ntkpipe.solvers.memory import BLOCKS_BESIDE
 from ntkpipe.solvers.probe_lanczos import ProbeLanczos
@@ -31,14 +29,10 @@ _MOST_RATE_STEPS = 30  # after so many it counts as settled
 
 def steps_that_fit(num_rows: int, num_columns: int, wanted: int, budget: Budget) -> int:
     """Number of Lanczos steps whose vectors fit the memory, at most ``wanted``."""
-    limit, block = max(0, budget.room()), 8 * num_rows * num_columns
-    fitting = limit // block - BLOCKS_BESIDE
-    if fitting < min(2, wanted):
-        raise ResourceError(
-            f"Lanczos vectors of {num_columns} columns take {format_bytes(block)} a step, and {format_bytes(limit)} "
-            "hold less than two steps; give fewer columns or raise memory_limit"
-        )
-    return int(min(wanted, fitting))
+    block = 8 * num_rows * num_columns
+    least, what = min(2, wanted), f"Lanczos of {num_columns} columns, of two steps or fewer,"
+    budget.require(block * (least + BLOCKS_BESIDE), what, "give fewer columns or raise memory_limit", share=0.5)
+    return int(min(wanted, max(least, budget.room() // block - BLOCKS_BESIDE)))
 
 
 def is_due(num_steps: int) -> bool:
@@ -59,20 +53,15 @@ class TopEigenvalue(ProbeLanczos):
     @property
     def value(self) -> float:
         """The largest Ritz value; zero before the first step."""
-        return self._look()[0]
+        return float(self.ritz()[0][-1]) if self.num_steps else 0.0
 
     @property
     def is_settled(self) -> bool:
         """Whether more steps are of no use."""
-        return self._look()[1]
-
-    def _look(self) -> tuple[float, bool]:
         if not self.num_steps:
-            return 0.0, False
-        values, residuals = self.ritz()
-        gap, value = residuals[-1], float(values[-1])
+            return False
         is_last = self.num_steps == self.max_steps or self.ended.all()
-        return value, bool(is_last or gap <= _RATE_TOLERANCE * abs(value))
+        return bool(is_last or self.ritz()[1][-1] <= _RATE_TOLERANCE * abs(self.value))
 
 
 class BlockLanczos:
@@ -187,49 +176,42 @@ class BlockLanczos:
 Space = ProbeLanczos | BlockLanczos
 
 
-class Stepping(Protocol):
-    """A calculation in Krylov spaces."""
+class Stepping(ABC):
+    """A calculation in Krylov spaces, of one pass a step."""
 
+    spaces: Mapping[str, Space]  # by the names under which they are saved
+
+    def __init__(self, operator: Operator, tol: float) -> None:
+        self._operator, self._tol = operator, tol
+
+    @abstractmethod
     def advance(self) -> None:
         """Take one pass."""
 
+    @abstractmethod
     def look(self) -> tuple[float | None, bool]:
         """Return the error, and whether no more steps are needed."""
 
-
-def take_steps(
-    task: Stepping,
-    spaces: Mapping[str, Space],
-    operator: Operator,
-    before: Work,
-    tol: float,
-    monitor: Monitor,
-    checkpoint: Checkpoint | None,
-    decides: Mapping[str, Any],
-) -> None:
-    """Advance until it is enough; spaces are saved after each step, and restored at the beginning."""
-    journal = Journal(checkpoint, decides)
-    with journal.reading():
-        for name, state in as_mapping((journal.earlier or {"spaces": {}})["spaces"]).items():
-            space, num_steps = spaces[name], as_integer(state["num_steps"])
-            if num_steps > space.max_steps:
-                raise ConfigError(
-                    f"{checkpoint!r} has {num_steps} steps, and {space.max_steps} are allowed; raise max_passes, "
-                    "num_steps or memory_limit"
-                )
-            space.restore(partial(_get, journal, name), state)
-    error, is_done = task.look()
-    while not is_done:
-        task.advance()
-        taken = {name: space for name, space in spaces.items() if space.num_steps}
-        arrays = {f"{name}_{at}": values for name, space in taken.items() for at, values in space.arrays().items()}
-        journal.save({"spaces": {name: space.state() for name, space in taken.items()}}, arrays)
-        error, is_done = task.look()
-        monitor(Step(operator.work - before, error, tol))
-
-
-def _get(journal: Journal, space: str, name: str, shape: tuple[int, ...]) -> FloatArray:
-    return journal.get(f"{space}_{name}", shape)
+    def run(self, before: Work, monitor: Monitor, checkpoint: Checkpoint | None, **decides: Any) -> None:
+        """Advance until it is enough; spaces are saved after each step, and restored at the beginning."""
+        journal = Journal(checkpoint, {"matrix": self._operator.identity(), **decides})
+        with journal.reading():
+            for name, state in as_mapping((journal.earlier or {"spaces": {}})["spaces"]).items():
+                space, num_steps = self.spaces[name], as_integer(state["num_steps"])
+                if num_steps > space.max_steps:
+                    raise ConfigError(
+                        f"{checkpoint!r} has {num_steps} steps, and {space.max_steps} are allowed; raise max_passes, "
+                        "num_steps or memory_limit"
+                    )
+                space.restore(journal.getter(f"{name}_"), state)
+        error, is_done = self.look()
+        while not is_done:
+            self.advance()
+            taken = {name: space for name, space in self.spaces.items() if space.num_steps}
+            arrays = {f"{name}_{at}": values for name, space in taken.items() for at, values in space.arrays().items()}
+            journal.save({"spaces": {name: space.state() for name, space in taken.items()}}, arrays)
+            error, is_done = self.look()
+            monitor(Step(self._operator.work - before, error, self._tol))
 
 
 @dataclass(frozen=True)
@@ -251,24 +233,20 @@ class Sampling:
             check_number("num_steps", self.num_steps, low=1)
 
 
-class Sampler(ABC):
+class Sampler(Stepping):
     """An estimate from Lanczos processes of Rademacher probes, with as many steps as options and memory allow."""
 
     def __init__(self, operator: Operator, options: Sampling, deflate: FloatArray | None = None) -> None:
+        super().__init__(operator, options.tol)
         wanted = min(options.num_steps or options.max_passes, operator.num_rows)
         most = steps_that_fit(operator.num_rows, options.num_probes, wanted, options.budget)
         shape = operator.num_rows, options.num_probes
         probes = np.random.default_rng(options.seed).choice(np.array([-1.0, 1.0]), shape)
         self.lanczos = ProbeLanczos(probes, most, deflate)
+        self.spaces = {"probes": self.lanczos}
         self.limit = "memory_limit" if most < wanted else "num_steps or max_passes"
-        self._operator, self._options = operator, options
+        self._is_open = options.num_steps is None  # whether the estimate decides how many steps there are
         self._error: float | None = None
-
-    def run(self, before: Work, monitor: Monitor, checkpoint: Checkpoint | None, **decides: Any) -> None:
-        """Take the steps; ``decides`` is what a checkpoint must have been made with, beside probes and matrix."""
-        decides |= {"matrix": self._operator.identity(), "probes": self._options.num_probes, "seed": self._options.seed}
-        spaces, tol = {"probes": self.lanczos}, self._options.tol
-        take_steps(self, spaces, self._operator, before, tol, monitor, checkpoint, decides)
 
     def advance(self) -> None:
         """See :class:`Stepping`."""

@@ -15,10 +15,8 @@ from ntkpipe.base.resources import format_bytes
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.checkpoint import Journal, as_work
 from ntkpipe.solvers.eigenpairs import Eigenpairs
-from ntkpipe.solvers.memory import bytes_of_eigsh as bytes_of_eigsh
-from ntkpipe.solvers.memory import sizes_of_eigsh
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Status, Step, ignore
+from ntkpipe.solvers.memory import bytes_of_eigsh, sizes_of_eigsh
+from ntkpipe.solvers.result import Monitor, Status, Step, ignore, recorded
 from ntkpipe.solvers.spectral.thick_restart import ThickRestart, rayleigh_ritz
 from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
 
@@ -214,11 +212,8 @@ class _Search:
 
     def _save(self, result: Eigenpairs | None) -> None:
         state: dict[str, Any] = {"floor": self._floor, "history": self._history, "space": self._space.state()}
-        state |= {
-            "failures": self._failures,
-            "work": self._work(),
-            "seconds": self._earlier[1] + perf_counter() - self._started,
-        }
+        seconds = self._earlier[1] + perf_counter() - self._started
+        state |= {"failures": self._failures, "work": self._work(), "seconds": seconds}
         arrays = self._space.arrays()
         if result is not None:
             arrays |= {f"result-{name}": values for name, values in result.arrays().items()}

@@ -1,22 +1,29 @@
-"""Log determinants: exact by a factor, or estimated."""
+"""Log determinants: exact by a factor, or estimated by Lanczos quadrature of what a preconditioner leaves."""
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ntkpipe.base.budget import MemoryLimit
+import numpy as np
+
+from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.budget import Budget, MemoryLimit
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work
-from ntkpipe.base.ridge import RidgeScale
+from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.tables import TableRows
+from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.direct.cholesky import cholesky
-from ntkpipe.solvers.linear.preconditioner import Preconditioner
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, ignore
-from ntkpipe.solvers.spectral.slq_logdet import LogDeterminantEstimate, slq_logdet
+from ntkpipe.solvers.linear.preconditioner import Preconditioner, preconditioner_of
+from ntkpipe.solvers.probe_lanczos import gauss_rule, radau_rule
+from ntkpipe.solvers.result import Monitor, Result, Status, ignore, recorded
+from ntkpipe.solvers.spectral.krylov import Sampler, Sampling
 from ntkpipe.store.results import Checkpoint
 
+_EPS = float(np.finfo(np.float64).eps)
 _MOST_ERROR = 0.01  # as a fraction of n: one per cent of the geometric mean of the eigenvalues
+_FEWEST_STEPS = 8  # with fewer, a comparison with half of them is meaningless
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,187 @@ class LogDeterminant(Result):
             ("ridge", added),
             ("pivots", f"{self.smallest_pivot:.4g} to {self.largest_pivot:.4g}; storage floor {self.floor:.2g}"),
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogDeterminantEstimate(Result):
+    """``log det(K + ridge I)``, estimated."""
+
+    value: float  # the estimate; NaN if the matrix is not positive definite
+    standard_error: float  # monte-Carlo error: one standard deviation of the mean over probes
+    # Estimated effect of more steps, which can only make the value smaller: twice the change from half as many, which
+    # is no bound, or the width of the bracket if that is smaller
+    truncation_error: float
+    # lower, upper: bracket of the value that these probes would give after infinitely many steps: of truncation
+    # alone. Without a ridge above the storage floor, `lower` is -infinity.
+    lower: float
+    upper: float
+    samples: FloatArray = field(repr=False)  # value of each probe, shape (p,); their mean is the value
+    half_samples: FloatArray = field(repr=False)  # the same after half as many steps
+    ridge: float  # λ
+    num_rows: int  # num_rows, num_steps: n and m
+    num_steps: int
+    rank: int  # rank of the preconditioner; 0 without one
+    # The smallest Ritz value of the matrix that was sampled, preconditioned and with the ridge: an upper bound of its
+    # smallest eigenvalue
+    smallest_ritz: float
+
+    def _rows(self) -> TableRows:
+        errors = f"± {self.standard_error:.2g} (Monte Carlo) ± {self.truncation_error:.2g} (truncation)"
+        return [
+            ("log det", f"{self.value:.8g} {errors}"),
+            ("per row", f"{self.value / self.num_rows:.6g}"),
+            ("bracket", f"{self.lower:.8g} to {self.upper:.8g}, of truncation alone"),
+            ("ridge", f"{self.ridge:.6g}"),
+            ("probes", f"{len(self.samples)}, of {self.num_steps} steps"),
+            ("preconditioner", f"of rank {self.rank}" if self.rank else "none"),
+        ]
+
+
+@recorded()
+@single_threaded_blas()
+def slq_logdet(
+    matrix: Any,
+    *,
+    ridge: float = 0.0,
+    ridge_scale: RidgeScale = None,
+    preconditioner: Literal["rpcholesky", "nystrom"] | Preconditioner | None = "rpcholesky",
+    rank: int | None = None,
+    num_probes: int = 16,
+    num_steps: int | None = None,
+    tol: float = 0.01,
+    max_passes: int = 200,
+    memory_limit: MemoryLimit = None,
+    seed: int = 0,
+    monitor: Monitor = ignore,
+    checkpoint: Checkpoint | None = None,
+) -> LogDeterminantEstimate:
+    """``log det(K + ridge I)`` by stochastic Lanczos quadrature, with both of its errors.
+
+    One pass a step for all probes, one for diagonal and Frobenius norm if these are not known, and what the
+    preconditioner takes, five at most by default. It makes both errors smaller by far where K is ill-conditioned. The
+    Lanczos vectors, ``steps * p * n`` float64, dominate memory; the preconditioner takes ``3 * rank * n`` at most.
+
+    Parameters
+    ----------
+    preconditioner
+        P = F F' + μ I, or how it is made. Only the trace in ``log det P + tr log(P^-1/2 (K + λ I) P^-1/2)`` is
+        estimated then. None samples K + λ I itself.
+    num_steps
+        Lanczos steps; default as many as make truncation small against the Monte-Carlo error.
+    tol
+        Largest sum of both errors that is called converged, as a fraction of n: 0.01 is one per cent of the geometric
+        mean of the eigenvalues.
+    max_passes
+        Most Lanczos steps where ``num_steps`` is not given.
+    checkpoint
+        Where each step is written, 8 p n bytes, so that another call goes on from the last one, also with a higher
+        ``max_passes``. The caller clears it.
+
+    Notes
+    -----
+    Ubaru, Chen and Saad (2017), algorithm 1, with Rademacher probes and full reorthogonalisation of each. Even
+    derivatives of the logarithm are negative and odd ones positive, so Gauss quadrature is above the integral and
+    Gauss-Radau quadrature with a node below the spectrum is under it (Golub and Meurant 2010). Such a node is known
+    if K has no eigenvalue under minus the storage floor: ``ridge - floor``, or with a preconditioner, for which
+    F F' ≤ K, that over μ, and one at most.
+    """
+    operator: Operator = matrix
+    before, n = operator.work, operator.num_rows
+    ridge = absolute_ridge(ridge, ridge_scale, operator.diagonal)
+    options = Sampling(num_probes, num_steps, tol, max_passes, seed, Budget.of(memory_limit))
+    named = preconditioner
+    if isinstance(preconditioner, str):
+        preconditioner = preconditioner_of(operator, preconditioner, rank, seed).for_ridge(ridge)
+    elif preconditioner is not None and preconditioner.num_rows != n:
+        raise ConfigError(f"a preconditioner of {preconditioner.num_rows} rows for a matrix of {n}")
+    sampling = _Sampling(operator, options, preconditioner, ridge)
+    # Preconditioners of equal rank, shift and determinant are taken for the same.
+    chosen = None if preconditioner is None else [preconditioner.rank, sampling.scale, sampling.known]
+    decides: Any = {"function": "logdet", "probes": num_probes, "seed": seed, "ridge": ridge, "preconditioner": chosen}
+    sampling.run(before, monitor, checkpoint, **decides)
+    (status, message), used = sampling.judge(), preconditioner.rank if preconditioner else 0
+    return LogDeterminantEstimate(
+        status=status,
+        message=message,
+        options={"preconditioner": getattr(named, "method", named), "rank": used},
+        value=float(sampling.samples.mean()),
+        standard_error=sampling.standard_error,
+        truncation_error=sampling.truncation,
+        lower=sampling.lower,
+        upper=float(sampling.samples.mean()),
+        samples=sampling.samples,
+        half_samples=sampling.half_samples,
+        ridge=ridge,
+        num_rows=n,
+        num_steps=sampling.lanczos.num_steps,
+        rank=used,
+        smallest_ritz=sampling.smallest,
+    )
+
+
+class _Sampling(Sampler):
+    """The estimate from the steps taken, of a known part and the trace of ``log P^-1/2 (K + λ I) P^-1/2``."""
+
+    def __init__(
+        self, operator: Operator, options: Sampling, preconditioner: Preconditioner | None, ridge: float
+    ) -> None:
+        super().__init__(operator, options)
+        self._preconditioner, self._shifted = preconditioner, operator.shifted(ridge)
+        floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())
+        self.scale, self.known = (1.0, 0.0) if preconditioner is None else (preconditioner.mu, preconditioner.logdet())
+        self._floor, end = floor / self.scale, (ridge - floor) / self.scale
+        self._end = end if preconditioner is None else min(end, 1.0)
+
+    def _multiply(self, block: FloatArray) -> FloatArray:
+        whiten = self._preconditioner and self._preconditioner.inverse_sqrt
+        return whiten(self._shifted.matmat(whiten(block))) if whiten else self._shifted.matmat(block)
+
+    def _estimate(self, steps: int) -> tuple[float, bool]:
+        lanczos, num_rows = self.lanczos, self._operator.num_rows
+        coefficients = lanczos.coefficients(steps)
+        rule = gauss_rule(*coefficients, lanczos.squared_norms)
+        self.smallest, self.lower = float(rule.nodes.min()), -math.inf
+        if not self.smallest > 0:
+            self.samples = self.half_samples = np.full(len(rule.nodes), math.nan)
+            self.standard_error = self.truncation = math.inf
+            return math.inf, True
+        self.samples = self.known + rule.integrate(np.log)
+        half = gauss_rule(*lanczos.coefficients(max(1, steps // 2)), lanczos.squared_norms)
+        self.half_samples = self.known + half.integrate(np.log)
+        self.standard_error = float(self.samples.std(ddof=1)) / math.sqrt(len(self.samples))
+        change = abs(float((self.half_samples - self.samples).mean()))
+        self.truncation = 2 * change if steps >= _FEWEST_STEPS else math.inf
+        if lanczos.ended.all():
+            self.truncation, self.lower = 0.0, float(self.samples.mean())
+        elif 0 < self._end < self.smallest:
+            below = radau_rule(*coefficients, lanczos.squared_norms, self._end)
+            self.lower = self.known + float(below.integrate(np.log).mean())
+            self.truncation = min(self.truncation, max(0.0, float(self.samples.mean()) - self.lower))
+        is_enough = self.truncation <= max(self.standard_error / 4, self._tol * num_rows / 20)
+        return (self.standard_error + self.truncation) / num_rows, is_enough and self._is_open
+
+    def judge(self) -> tuple[Status, str]:
+        """Status and message; Ritz values up to the floor cannot be told from zero."""
+        if not self.smallest > 0:
+            why = f"a Ritz value is {self.smallest:.3g}: the matrix is not positive definite"
+            return "indefinite at storage precision", f"{why}, and has no log determinant; give a larger ridge"
+        if self.smallest <= self._floor:
+            why = f"the smallest Ritz value, {self.smallest:.3g}, is not known from zero (floor {self._floor:.3g})"
+            return "indefinite at storage precision", f"{why}, nor is its logarithm; give a larger ridge"
+        wanted = self._tol * self._operator.num_rows
+        error = (self.standard_error + self.truncation) / self._operator.num_rows
+        said = f"the errors add up to {error:.2g} n"
+        if self.truncation > max(self.standard_error, wanted / 10):
+            advice = f"{self.limit} ended it; give more steps or a preconditioner"
+            return "step limit", f"{said}, most of it truncation: {advice}"
+        if error > self._tol:
+            factor = (self.standard_error / max(wanted - self.truncation, 1e-3 * wanted + 1e-300)) ** 2
+            return (
+                "not converged",
+                f"{said}, most of it Monte-Carlo error; give {max(factor, 1.1):.2g} times the probes",
+            )
+        return "converged", f"{said}, at most the {self._tol:.2g} n asked for"
 
 
 @recorded(keep_tiles=lambda given: given["method"] == "slq")

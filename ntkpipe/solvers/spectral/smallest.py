@@ -1,5 +1,6 @@
 """Smallest eigenvalues and condition numbers, with bounds and what they rest on."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,19 +14,16 @@ from ntkpipe.base.errors import ConfigError, IndefiniteError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
-from ntkpipe.solvers.checkpoint import Journal, Stages, as_work
+from ntkpipe.solvers.checkpoint import Get, Journal, Pieces, Stages, as_work
 from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, cholesky
 from ntkpipe.solvers.eigenpairs import Eigenpairs
-from ntkpipe.solvers.linear.checkpoint import preconditioner_once
-from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
-from ntkpipe.solvers.lowest import explained_by_rounding
+from ntkpipe.solvers.linear.preconditioner import preconditioner_once, randomly_pivoted_cholesky
 from ntkpipe.solvers.memory import bytes_of_solve
-from ntkpipe.solvers.recording import recorded
-from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore
-from ntkpipe.solvers.spectral.davidson import ApproximateInverse, Davidson
+from ntkpipe.solvers.probe_lanczos import explained_by_rounding
+from ntkpipe.solvers.result import Monitor, Result, Status, Step, ignore, recorded
 from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.solvers.spectral.thick_restart import rayleigh_ritz
-from ntkpipe.store.results import Checkpoint
+from ntkpipe.store.results import Checkpoint, as_integer
 
 _EPS = float(np.finfo(np.float64).eps)
 _ROUNDING = 50 * _EPS  # of products in float64, relative to the Frobenius norm, which is near λ_1 for kernels
@@ -34,7 +32,11 @@ _SMALLEST_BLOCK = 16
 _VECTORS_A_COLUMN = 30  # of a block: two bases of 12 blocks, and blocks on their way
 _MOST_PROVED_UNASKED = 16384  # up to so many rows a proof by Cholesky takes minutes, and is made by default
 _TOL_OF_LARGEST = 1e-6
+_MOST_BLOCKS = 12
+_KEPT_BLOCKS = 3  # by a restart: the wanted one and its neighbours
+_NOTHING = 1e-10  # a direction is dropped if orthogonalisation leaves less of it
 
+ApproximateInverse = Callable[[FloatArray], FloatArray]
 DefiniteBound = Literal["cholesky", "residual"]
 
 
@@ -154,7 +156,7 @@ def smallest(
         made = preconditioner_once(stages, n, lambda: randomly_pivoted_cholesky(operator, seed=seed))
         inverse, earlier = made.solve, earlier + made.work - (operator.work - start)
     rounding = max(_ROUNDING * operator.frobenius(), _TINY)
-    space = Davidson(n, min(width, n), _checked(inverse), seed)
+    space = Davidson(n, min(width, n), inverse, seed)
     limits = _Limits(k, tol, floor, rounding)
     journal, start, known = Journal(stages.part("space"), {}), operator.work, Work()
     if journal.earlier is not None:
@@ -212,19 +214,6 @@ class _Limits:
     def worst(self, values: FloatArray, norms: FloatArray) -> float:
         """The largest relative residual."""
         return float((norms / np.maximum(np.abs(values), max(self.floor, _TINY)))[: self.k].max())
-
-
-def _checked(inverse: ApproximateInverse) -> ApproximateInverse:
-
-    def apply(block: FloatArray) -> FloatArray:
-        found = np.asarray(inverse(block))
-        if found.shape != block.shape or found.dtype.kind != "f":
-            raise ConfigError(
-                f"inverse returned shape {found.shape} and dtype {found.dtype} for a float64 block of {block.shape}"
-            )
-        return found.astype(np.float64, copy=False)
-
-    return apply
 
 
 def _bounds(
@@ -285,3 +274,108 @@ def _judge(
     elif least < 0:
         note = f"; the matrix is indefinite beyond what the storage floor {floor:.2g} explains"
     return "converged", f"{k} residual{'s' * (k > 1)} within {limits.tol:g} of the eigenvalue{note}"
+
+
+class Davidson:
+    """Block Davidson for the smallest eigenpairs (Davidson, 1975), with thick restarts.
+
+    The space V gets ``T R`` of the residuals R of the leading Ritz pairs, where T is about K^-1. K V is kept beside V,
+    so residuals assume nothing. Memory is ``2 * 12 b n`` float64.
+    """
+
+    def __init__(self, num_rows: int, block: int, inverse: ApproximateInverse, seed: int) -> None:
+        self._block, self._inverse = min(block, num_rows), inverse
+        self._rng = np.random.default_rng(seed)
+        most = min(num_rows, _MOST_BLOCKS * self._block)
+        self._vectors = np.empty((num_rows, most), order="F")
+        self._products = np.empty((num_rows, most), order="F")
+        self._size, self.passes = 0, 0
+        self._pieces = Pieces()
+        self._ahead = self._precondition(self._rng.standard_normal((num_rows, self._block)))
+        self.values = np.zeros(0)
+        self.norms = np.zeros(0)
+        self._coordinates = np.zeros((0, 0))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether V spans everything."""
+        return self._size == len(self._vectors)
+
+    def advance(self, operator: Operator) -> None:
+        """Take one pass, and update :attr:`values`, ascending, and :attr:`norms` of residuals."""
+        if self._size + self._block > self._vectors.shape[1] and self._vectors.shape[1] < len(self._vectors):
+            self._restart()
+        joining = self._orthonormal(self._ahead)
+        stop = self._size + joining.shape[1]
+        self._vectors[:, self._size : stop] = joining
+        self._products[:, self._size : stop] = operator.matmat(joining)
+        self.passes += 1
+        self._pieces.ends.append((f"block-{self.passes}", stop))
+        self._look(stop)
+
+    def _look(self, size: int) -> None:
+        """Find the pairs of the first vectors, and what joins them next."""
+        self._size = size
+        vectors, products = self._vectors[:, :size], self._products[:, :size]
+        projected = vectors.T @ products
+        values, coordinates = np.linalg.eigh((projected + projected.T) / 2)
+        self._coordinates = coordinates
+        wanted = coordinates[:, : self._block]
+        residuals = products @ wanted - (vectors @ wanted) * values[: self._block]
+        self.values, self.norms = values[: self._block], np.linalg.norm(residuals, axis=0)
+        self._ahead = self._precondition(residuals)
+
+    def _precondition(self, block: FloatArray) -> FloatArray:
+        found = np.asarray(self._inverse(block))
+        if found.shape != block.shape or found.dtype.kind != "f":
+            raise ConfigError(
+                f"inverse returned shape {found.shape} and dtype {found.dtype} for a float64 block of {block.shape}"
+            )
+        return found.astype(np.float64, copy=False)
+
+    def _orthonormal(self, block: FloatArray) -> FloatArray:
+        """Orthonormal basis of what a block adds to V, filled up with random columns."""
+        vectors, room = self._vectors[:, : self._size], self._vectors.shape[1] - self._size
+        sizes = np.linalg.norm(block, axis=0)
+        block = block / np.where(np.isfinite(sizes) & (sizes > 0), sizes, 1.0)
+        block = np.where(np.isfinite(block), block, 0.0)
+        for _ in range(2):
+            block = block - vectors @ (vectors.T @ block)
+            left, sizes, _right = np.linalg.svd(block, full_matrices=False)
+            block = left[:, sizes > _NOTHING]
+        missing = min(self._block, room) - block.shape[1]
+        if missing > 0:
+            fresh = self._rng.standard_normal((len(block), missing))
+            for _ in range(2):
+                fresh -= vectors @ (vectors.T @ fresh)
+                fresh -= block @ (block.T @ fresh)
+                fresh = np.linalg.qr(fresh)[0]
+            block = np.concatenate([block, fresh], axis=1)
+        block = block[:, :room] - vectors @ (vectors.T @ block[:, :room])
+        return np.asarray(np.linalg.qr(block)[0])
+
+    def _restart(self) -> None:
+        kept = np.asfortranarray(self._coordinates[:, : _KEPT_BLOCKS * self._block])
+        for basis in (self._vectors, self._products):
+            basis[:, : kept.shape[1]] = basis[:, : self._size] @ kept
+        self._size = kept.shape[1]
+        self._pieces.ends = [(f"basis-{self.passes}", self._size)]
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs beside :meth:`arrays`."""
+        return {"passes": self.passes, "pieces": self._pieces.ends}
+
+    def arrays(self) -> dict[str, FloatArray]:
+        """Vectors and products, in the pieces in which they came."""
+        return self._pieces.arrays(self._vectors, "-vectors") | self._pieces.arrays(self._products, "-products")
+
+    def restore(self, get: Get, state: Mapping[str, Any]) -> None:
+        """Go on from what both were; later random columns are others."""
+        self.passes = as_integer(state["passes"])
+        bases = {"-vectors": self._vectors, "-products": self._products}
+        if size := self._pieces.restore(state["pieces"], get, bases):
+            self._look(size)
+
+    def pairs(self, k: int) -> FloatArray:
+        """The first k Ritz vectors, shape (n, k)."""
+        return np.ascontiguousarray(self._vectors[:, : self._size] @ self._coordinates[:, :k])

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.operator import Operator
 from ntkpipe.solvers.checkpoint import Get, Pieces
 from ntkpipe.store.results import as_integer, as_number
@@ -185,9 +185,8 @@ class ThickRestart:
     def _restart(self) -> None:
         values, coordinates = self._decompose()
         kept = np.asfortranarray(coordinates[:, : self._keep])
-        for start in range(0, len(self._vectors), _ROWS_AT_ONCE):
-            rows = self._vectors[start : start + _ROWS_AT_ONCE]
-            rows[:, : self._keep] = rows[:, : self.size] @ kept
+        for rows in runs(len(self._vectors), _ROWS_AT_ONCE):
+            self._vectors[rows, : self._keep] = self._vectors[rows, : self.size] @ kept
         self._coupling = self._coupling @ kept
         self._projected, self._decomposed, self._extended = np.diag(values[: self._keep]), None, None
         self._pieces.ends = [(f"basis-{self.passes}", self._keep)]

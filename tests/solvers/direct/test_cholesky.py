@@ -121,7 +121,7 @@ def test_it_reads_the_matrix_once_and_the_factor_as_often_as_is_said(matrix, tmp
     # Panels from their diagonals down: half of the matrix, and half of the diagonal blocks.
     assert operator.work.passes == pytest.approx(0.5 * (1 + 33 / N))
     assert found.factor_passes <= N / (3 * 33) + 1
-    entries = Shape.of_width(N, 33).factor_bytes // 8
+    entries = Shape.of_width(N, 33).num_entries
     assert found.factor_bytes_written == entries * 8 + 4 * 55
 
 
@@ -389,7 +389,7 @@ def test_panels_are_whole_chunks_that_cover_the_triangle(num_rows, width):
         assert rows[-1].stop == num_rows
         assert [r.stop for r in rows[:-1]] == [r.start for r in rows[1:]]
         entries += (num_rows - columns.start) * (columns.stop - columns.start)
-    assert shape.factor_bytes == 8 * entries
+    assert shape.num_entries == entries
 
 
 def test_memory_stays_within_what_was_planned(tmp_path):
@@ -409,6 +409,6 @@ def test_memory_stays_within_what_was_planned(tmp_path):
         before, _ = tracemalloc.get_traced_memory()
         factor.solve(np.ones(size))
         _, peak = tracemalloc.get_traced_memory()
-        assert peak - before < 2 * shape.chunk_bytes
+        assert peak - before < 2 * 8 * shape.width * shape.height
     finally:
         tracemalloc.stop()

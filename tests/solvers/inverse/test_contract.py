@@ -10,8 +10,7 @@ from ntkpipe.base.budget import Budget
 from ntkpipe.base.errors import IndefiniteError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.inverse.contract import INDEFINITE, Fit, Inverse, Question, Verdict, WithError, as_fields
-from ntkpipe.solvers.inverse.eigenpairs import ByEigenpairs
-from ntkpipe.solvers.inverse.factor import ByFactors
+from ntkpipe.solvers.inverse.exact import ByEigenpairs, ByFactors
 from ntkpipe.solvers.inverse.passes import ByPasses
 from ntkpipe.solvers.result import ignore
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ntkpipe.solvers.inverse.eigenpairs import limit_residuals
+from ntkpipe.solvers.inverse.exact import limit_residuals
 
 
 @pytest.mark.parametrize("width", [1, 2])

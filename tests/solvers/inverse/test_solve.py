@@ -16,11 +16,10 @@ from ntkpipe.solvers.direct.eigh import bytes_of_drivers, eigh, eigvalsh
 from ntkpipe.solvers.inverse import systems
 from ntkpipe.solvers.inverse.solve import solve, solve_path
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
-from ntkpipe.solvers.memory import bytes_of_solve
-from ntkpipe.solvers.spectral.density import bytes_of_density, density
-from ntkpipe.solvers.spectral.lanczos import bytes_of_eigsh, eigsh
-from ntkpipe.solvers.spectral.logdet import logdet
-from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
+from ntkpipe.solvers.memory import bytes_of_density, bytes_of_eigsh, bytes_of_solve
+from ntkpipe.solvers.spectral.density import density
+from ntkpipe.solvers.spectral.lanczos import eigsh
+from ntkpipe.solvers.spectral.logdet import logdet, slq_logdet
 from ntkpipe.solvers.spectral.smallest import bytes_of_smallest
 
 N = 300

@@ -8,9 +8,8 @@ from matrices import matrix_with_spectrum, power_law, spectra
 
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.operators.dense import DenseOperator
-from ntkpipe.solvers.linear.cg import RECURRENCES
+from ntkpipe.solvers.linear.cg import RECURRENCES, Iteration, Recurrence
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
-from ntkpipe.solvers.linear.residual_replacement import Iteration, Recurrence
 
 N = 240
 
@@ -64,7 +63,7 @@ def test_converged_means_a_true_residual_below_the_tolerance(method, dtype, name
     matrix = matrix_with_spectrum(spectra(N)[name]).astype(dtype)
     rhs = rng.standard_normal((N, 4))
     operator = DenseOperator(matrix)
-    preconditioner = randomly_pivoted_cholesky(operator, 60, ridge=ridge)
+    preconditioner = randomly_pivoted_cholesky(operator, 60).for_ridge(ridge)
     found = method(operator.shifted(ridge), rhs, preconditioner=preconditioner, max_passes=300)
     own = residuals(matrix, rhs, found.solution, ridge)
     rounding = 1e-15 * spectra(N)[name][0] * np.linalg.norm(found.solution, axis=0) / np.linalg.norm(rhs, axis=0)
@@ -273,7 +272,7 @@ class Boasting(Recurrence):
     """Halves the residual at each step, and says that it is a little less."""
 
     def __init__(self, solution, residual, factor):
-        super().__init__(solution, residual)
+        super().__init__(None, None, solution, residual)
         self._rhs, self._factor = residual + solution, factor
 
     def restart(self, columns):

@@ -13,7 +13,7 @@ N = 300
 
 
 def make(matrix, method="rpcholesky", rank=60, ridge=0.0, seed=0):
-    return preconditioner_of(DenseOperator(matrix), method, rank, ridge=ridge, seed=seed)
+    return preconditioner_of(DenseOperator(matrix), method, rank, seed).for_ridge(ridge)
 
 
 def factor_of(preconditioner):

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from matrices import matrix_with_spectrum, spectra
 
-from ntkpipe.solvers.probe_lanczos import ProbeLanczos
-from ntkpipe.solvers.spectral.quadrature import QuadratureRule, gauss_rule, radau_rule
+from ntkpipe.solvers.probe_lanczos import ProbeLanczos, QuadratureRule, gauss_rule, radau_rule
 
 
 def measure(values, probes, *, steps, seed=0):

@@ -9,7 +9,7 @@ from matrices import matrix_with_spectrum, power_law, spectra
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
-from ntkpipe.solvers.spectral.slq_logdet import slq_logdet
+from ntkpipe.solvers.spectral.logdet import slq_logdet
 
 
 def plain_logdet(matrix, **options):
@@ -69,7 +69,7 @@ def test_plain_quadrature_of_few_steps_is_not_called_converged(condition, steps)
 def test_the_bracket_of_a_preconditioned_matrix_holds():
     matrix = matrix_with_spectrum(power_law(300, condition=1e6))
     ridge = 1e-2
-    preconditioner = randomly_pivoted_cholesky(matrix, 20, ridge=ridge)
+    preconditioner = randomly_pivoted_cholesky(matrix, 20).for_ridge(ridge)
     settled = slq_logdet(matrix, ridge=ridge, preconditioner=preconditioner, num_steps=150)
     for steps in (2, 5, 10, 20):
         found = slq_logdet(matrix, ridge=ridge, preconditioner=preconditioner, num_steps=steps)
@@ -170,7 +170,7 @@ def test_tiny_matrices_with_the_defaults(size):
 
 def test_a_preconditioner_may_be_made_before_for_another_ridge():
     matrix = matrix_with_spectrum(power_law(300, condition=1e6))
-    made = randomly_pivoted_cholesky(matrix, 50, ridge=1.0)
+    made = randomly_pivoted_cholesky(matrix, 50).for_ridge(1.0)
     found = slq_logdet(matrix, ridge=0.1, preconditioner=made)
     assert abs(found.value - reference(matrix, 0.1)) <= 3 * found.standard_error + found.truncation_error
     assert found.options["preconditioner"] == "rpcholesky"

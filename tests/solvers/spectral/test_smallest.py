@@ -11,8 +11,7 @@ from ntkpipe.base.errors import ConfigError, ResourceError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.spectral import smallest as module
-from ntkpipe.solvers.spectral.davidson import Davidson
-from ntkpipe.solvers.spectral.smallest import smallest
+from ntkpipe.solvers.spectral.smallest import Davidson, smallest
 
 
 def check(found, matrix):
