@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.config import check_number
+from ntkpipe.base.config import Budget, MemoryLimit, check_number
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task

@@ -32,10 +32,8 @@ from numpy.typing import ArrayLike
 
 from ntkpipe.analysis.eigenlearning import predicted
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.config import check_number
+from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, check_number
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task, note_on_unknown
 from ntkpipe.learning.regression.sources import CountedStages, HeldOut, OfTargets, ridges_for, train_targets

@@ -10,11 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.analysis.eigenlearning import predicted
 from ntkpipe.base.arrays import FloatArray, rows_of
-from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.config import check_number
+from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
 from ntkpipe.learning.regression.sources import CountedStages, OfTargets, ridges_for, train_targets

@@ -9,11 +9,9 @@ import numpy as np
 
 from ntkpipe.analysis.power_law import PowerLaw, default_ranks, fit_power_law
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.config import check_number
+from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.learning.regression.sources import CountedStages, ridges_for, with_error
 from ntkpipe.solvers.direct.eigh import eigvalsh

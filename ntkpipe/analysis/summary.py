@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from ntkpipe.analysis.alignment import alignments
-from ntkpipe.base.config import check_number
-from ntkpipe.base.ridge import RidgeScale
+from ntkpipe.base.config import RidgeScale, check_number
 from ntkpipe.base.targets import Task, as_rows, as_samples, encode, encode_test
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.inverse.solve import solve

@@ -11,8 +11,7 @@ from torch import nn
 from ntkpipe.analysis.summary import Summary, summarize
 from ntkpipe.app.commands import client_of
 from ntkpipe.base.arguments import check_options, options_of, require_known
-from ntkpipe.base.budget import Budget
-from ntkpipe.base.config import RunSpec, StepSpec, Workflow, load_workflow
+from ntkpipe.base.config import Budget, RunSpec, StepSpec, Workflow, load_workflow
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.imports import call_factory, import_object
 from ntkpipe.base.resources import format_bytes

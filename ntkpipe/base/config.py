@@ -1,20 +1,26 @@
-"""Settings of a run: frozen, validated specs, read from YAML workflow files or built by the API."""
+"""Settings: frozen, validated specs of a run, from YAML workflow files or the API; checks of options; budgets."""
 
 import math
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, SupportsIndex, TypeVar
+from typing import Annotated, Any, Literal, SupportsIndex, TypeVar, Union
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
 
-from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.arrays import require_range
+from ntkpipe.base.errors import ConfigError, ResourceError
+from ntkpipe.base.resources import available_memory, format_bytes, process_memory
 
 ComputeDtype = Literal["float32", "float64", "bfloat16", "tf32"]
 RealDtype = Literal["float32", "float64"]
+RidgeScale = Literal["mean_diagonal"] | None  # unit of a ridge; None is absolute
 
 
 def _as_int(value: object) -> object:
@@ -291,9 +297,74 @@ def check_number(name: str, value: float, *, low: float, high: float = math.inf)
     return number
 
 
-def parse_bytes(name: str, value: Any) -> int:
-    """Parse a number of bytes, or text such as ``8GiB``; raise ConfigError for anything else."""
-    try:
-        return int(_BYTES.validate_python(str(value) if isinstance(value, bool) else value))
-    except ValidationError:
-        raise ConfigError(f"{name}={value!r}; needed a number of bytes, or text such as 8GiB") from None
+def absolute_ridge(ridge: float, scale: RidgeScale, diagonal: Callable[[], NDArray[Any]]) -> float:
+    """Convert a ridge to the λ that is added to the diagonal."""
+    if scale not in (None, "mean_diagonal"):
+        raise ConfigError(f"ridge_scale={scale!r}; needed 'mean_diagonal', or none for an absolute ridge")
+    ridge = check_number("ridge", ridge, low=0.0)
+    if scale is None:
+        return checked_ridge(ridge)
+    if (unit := float(diagonal().astype(np.float64).mean())) < 0.0:
+        raise ConfigError(f"the mean diagonal, {unit:.3g}, is no unit of ridges; needed a kernel, or absolute ridges")
+    return checked_ridge(ridge * unit)
+
+
+def checked_ridge(ridge: float) -> float:
+    """Check what is added to the diagonal."""
+    return require_range("ridge", float(check_number("ridge", ridge, low=0.0)))
+
+
+def absolute_ridges(
+    ridges: Sequence[float], scale: RidgeScale, diagonal: Callable[[], NDArray[Any]]
+) -> NDArray[np.float64]:
+    """Convert ridges to what is added to the diagonal, in their order."""
+    if not len(ridges):
+        raise ConfigError("no ridge is given; needed at least one")
+    return np.array([absolute_ridge(float(ridge), scale, diagonal) for ridge in ridges])
+
+
+# Of callers: bytes, text such as "8GiB", or what is left of another call's; None for a share of what is free.
+MemoryLimit = Union[int, str, "Budget", None]
+
+_NOISE_BYTES = 2**24  # of a process beside the arrays that are counted
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that this process may have, everything included; without a limit a share of what is free."""
+
+    limit: int | None = None
+
+    @classmethod
+    def of(cls, given: MemoryLimit) -> "Budget":
+        """The budget of an argument ``memory_limit``; raises ConfigError for what is no number of bytes."""
+        if given is None or isinstance(given, Budget):
+            return given or cls()
+        try:
+            return cls(int(_BYTES.validate_python(str(given) if isinstance(given, bool) else given)))
+        except ValidationError:
+            raise ConfigError(f"memory_limit={given!r}; needed a number of bytes, or text such as 8GiB") from None
+
+    def room(self, share: float = 0.5) -> int:
+        """Bytes left, negative if the limit is exceeded; without a limit this share of the available memory."""
+        return int(share * available_memory()) if self.limit is None else self.limit - process_memory()
+
+    def fits(self, num_bytes: float, share: float = 0.5) -> bool:
+        """Whether so many bytes are left."""
+        return num_bytes <= self.room(share)
+
+    def half(self) -> "Budget":
+        """What each of two users may have of the room that is left."""
+        if self.limit is None or (room := self.room()) <= 0:
+            return self
+        return Budget(self.limit - room // 2)
+
+    def at_least(self, num_bytes: int) -> "Budget":
+        """A budget with room for so many bytes, which are needed in any case: itself, or a larger one."""
+        return self if self.limit is None else Budget(max(self.limit, process_memory() + num_bytes + _NOISE_BYTES))
+
+    def require(self, num_bytes: float, what: str, advice: str, share: float = 1.0) -> None:
+        """Raise ResourceError with both numbers unless so many bytes are left."""
+        if num_bytes > (room := self.room(share)):
+            found = f"{what} takes {format_bytes(num_bytes)}, and {format_bytes(max(0, room))} may be used"
+            raise ResourceError(f"{found}; {advice}")

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.arrays import digest_of as digest_of
+from ntkpipe.base.arrays import power_of_two, require_matrix_range
 from ntkpipe.base.errors import ConfigError, NonFiniteError
-from ntkpipe.base.ranges import power_of_two, require_matrix_range
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator

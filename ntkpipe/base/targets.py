@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.arrays import require_range
 from ntkpipe.base.errors import ConfigError, NonFiniteError
-from ntkpipe.base.ranges import require_range
 
 # `binary` is one column of -1 for the first of two classes and +1 for the second, in place of two one-hot columns.
 Task = Literal["auto", "classification", "regression", "binary"]

@@ -9,8 +9,7 @@ import numpy as np
 from torch import nn
 
 from ntkpipe.base.arguments import checked, with_arguments_of
-from ntkpipe.base.budget import MemoryLimit
-from ntkpipe.base.config import ComputeDtype, KernelSpec, RealDtype, RunSpec, spec_of
+from ntkpipe.base.config import ComputeDtype, KernelSpec, MemoryLimit, RealDtype, RunSpec, spec_of
 from ntkpipe.base.errors import ConfigError, StoreMismatchError, TileError
 from ntkpipe.base.tables import as_table
 from ntkpipe.build.from_model import ModelSource

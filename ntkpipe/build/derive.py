@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from ntkpipe.base.arguments import checked
 from ntkpipe.base.errors import ConfigError, StoreError
 from ntkpipe.base.grid import Span
-from ntkpipe.base.kinds import get_kind
-from ntkpipe.base.planes import array_of, prefix_of
+from ntkpipe.base.kinds import array_of, get_kind, prefix_of
 from ntkpipe.build.life import Place, PlaneSource, fill
 from ntkpipe.store.chunks import StoredArray, require_complete
 from ntkpipe.store.kernel_store import KernelStore, open_kernel

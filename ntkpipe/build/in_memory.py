@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ntkpipe.base.arguments import checked
-from ntkpipe.base.budget import MemoryLimit
-from ntkpipe.base.config import ComputeDtype, RealDtype, check_number
+from ntkpipe.base.config import ComputeDtype, MemoryLimit, RealDtype, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.grid import Grid, matrix_tile
 from ntkpipe.base.operator import Operator, Statistics, Work

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ntkpipe.base.config import ComputeDtype, KernelSpec, RunSpec, spec_of
 from ntkpipe.base.errors import ConfigError, DataError, ModelError, NtkpipeError
 from ntkpipe.base.grid import Grid, default_tile, kernel_grids
-from ntkpipe.base.kinds import Kind, get_kind
-from ntkpipe.base.planes import MAX_PLANES, Plane, match_groups, num_planes, planes_of
+from ntkpipe.base.kinds import MAX_PLANES, Kind, Plane, get_kind, match_groups, num_planes, planes_of
 from ntkpipe.base.resources import available_memory, num_cores, process_memory
 from ntkpipe.build.plan import Machine, Plan, Workload
 from ntkpipe.jacobian.engine import Engine

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.base.grid import Grid, Span
-from ntkpipe.base.planes import array_of
+from ntkpipe.base.kinds import array_of
 from ntkpipe.build.plan import BlockTask, Plan
 from ntkpipe.build.records import BlockRecord, BuildRecord, TileRecord
 from ntkpipe.build.transfer import NUM_BUFFERS, Arrival, tile_buffers, to_host_tensor

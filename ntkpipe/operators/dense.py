@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, SquareSum, require_matrix_range
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, Statistics, Work, digest_of
-from ntkpipe.base.ranges import SquareSum, require_matrix_range
 from ntkpipe.operators.blas import Pool
 
 _ROWS_AT_ONCE = 256  # rows of float32 upcast at a time: with 2,048 columns they are 4 MiB, which stay in the cache

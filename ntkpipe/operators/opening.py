@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ntkpipe.base.arguments import checked
-from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.config import check_number
+from ntkpipe.base.config import Budget, MemoryLimit, check_number
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes, num_cores, process_memory

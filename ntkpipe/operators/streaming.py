@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, SquareSum
 from ntkpipe.base.grid import Grid
 from ntkpipe.base.operator import Operator, Statistics, Work
-from ntkpipe.base.ranges import SquareSum
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.tiles import TileIndex, TileReader, Tiles, TileSource, buffer_bytes
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.config import absolute_ridge
 from ntkpipe.base.errors import ConfigError, IndefiniteError, NonFiniteError, ResourceError
 from ntkpipe.base.operator import Work
-from ntkpipe.base.ridge import absolute_ridge
 from ntkpipe.base.targets import Targets, Task, encode
 from ntkpipe.learning.gaussian.calibration import Calibration, calibration
 from ntkpipe.learning.regression.ridge_path import Best, RidgePath

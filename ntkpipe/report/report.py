@@ -8,12 +8,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ntkpipe.base.arguments import checked
-from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.config import check_number
+from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows, as_table
 from ntkpipe.report.gather import Gathered
 from ntkpipe.steps.run import run_step

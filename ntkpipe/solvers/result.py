@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from ntkpipe.base.arguments import bound, options_of, parameters_of
-from ntkpipe.base.budget import Budget
-from ntkpipe.base.docstrings import ERRORS, completed
+from ntkpipe.base.arguments import ERRORS, bound, completed, options_of, parameters_of
+from ntkpipe.base.config import Budget
 from ntkpipe.base.operator import Work
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows, as_table

@@ -10,9 +10,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.base.arguments import Option, check_options, options_of, parameters_of, require_known
-from ntkpipe.base.budget import Budget
-from ntkpipe.base.docstrings import entries, sections
+from ntkpipe.base.arguments import Option, check_options, entries, options_of, parameters_of, require_known, sections
+from ntkpipe.base.config import Budget
 from ntkpipe.base.errors import ArgumentError, ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.learning.regression.estimator import KernelRegression

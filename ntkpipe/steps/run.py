@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ntkpipe.base.arguments import check_options, options_of, parameters_of
-from ntkpipe.base.budget import Budget, MemoryLimit
+from ntkpipe.base.config import Budget, MemoryLimit
 from ntkpipe.base.errors import ConfigError, Interrupted
 from ntkpipe.base.progress import Passes
 from ntkpipe.solvers.result import Monitor, Result

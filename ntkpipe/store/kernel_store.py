@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.arguments import checked
 from ntkpipe.base.errors import ConfigError, StoreError, needed_for
-from ntkpipe.base.kinds import get_kind
-from ntkpipe.base.planes import array_of, prefix_of
+from ntkpipe.base.kinds import array_of, get_kind, prefix_of
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows, as_table
 from ntkpipe.store.chunks import StoredArray

@@ -9,7 +9,7 @@ import numpy as np
 
 from ntkpipe.base.errors import StoreError
 from ntkpipe.base.grid import Grid, kernel_grids
-from ntkpipe.base.planes import MAX_PLANES, Plane, num_planes, planes_of
+from ntkpipe.base.kinds import MAX_PLANES, Plane, num_planes, planes_of
 from ntkpipe.store.manifest import DataRecord, Manifest
 
 Index = tuple[int, ...]

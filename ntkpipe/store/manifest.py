@@ -16,7 +16,7 @@ from pydantic import (
 
 from ntkpipe.base.config import ComputeDtype, GroupName, RealDtype, require_folders
 from ntkpipe.base.errors import StoreError
-from ntkpipe.base.planes import num_planes
+from ntkpipe.base.kinds import num_planes
 from ntkpipe.base.tables import TableRows, as_table
 
 FORMAT: Literal[1] = 1

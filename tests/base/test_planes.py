@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ntkpipe
 from ntkpipe.base.errors import ConfigError, StoreError, StoreFullError, StoreMismatchError
-from ntkpipe.base.planes import MAX_PLANES, match_groups, num_planes, planes_of
+from ntkpipe.base.kinds import MAX_PLANES, match_groups, num_planes, planes_of
 from ntkpipe.jacobian.cost import Meter
 from ntkpipe.jacobian.model.device import exact_math
 from ntkpipe.jacobian.representations.pieces import contract_diagonal_planes, contract_planes

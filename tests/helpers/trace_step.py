@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ntkpipe.base.budget import MemoryLimit
+from ntkpipe.base.config import MemoryLimit
 from ntkpipe.solvers.result import Result, recorded
 
 

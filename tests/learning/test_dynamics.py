@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matrices import matrix_with_spectrum, power_law, spectra
 
-from ntkpipe.base import budget
+from ntkpipe.base import config
 from ntkpipe.base.errors import ConfigError, NonFiniteError, ResourceError
 from ntkpipe.learning.dynamics import dynamics
 from ntkpipe.operators.dense import DenseOperator
@@ -215,7 +215,7 @@ def test_passes_are_steps_and_a_check_and_bits_repeat(targets):
 
 
 def test_memory_limits_the_steps_and_is_named(targets, monkeypatch):
-    monkeypatch.setattr(budget, "process_memory", lambda: 0)
+    monkeypatch.setattr(config, "process_memory", lambda: 0)
     matrix = matrix_with_spectrum(power_law(300, condition=1e8))
     found = dynamics(matrix, targets, times=[1e7], memory_limit=8 * 300 * 5 * 15)
     assert found.num_steps == 12

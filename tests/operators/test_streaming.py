@@ -13,7 +13,7 @@ from matrices import matrix_with_spectrum, power_law
 from numpy.typing import NDArray
 from stored import store_matrix
 
-from ntkpipe.base import budget
+from ntkpipe.base import config
 from ntkpipe.base.errors import ConfigError, NonFiniteError, ResourceError, TileError
 from ntkpipe.base.grid import Axis, Grid
 from ntkpipe.base.resources import process_memory
@@ -335,7 +335,7 @@ def test_a_shard_that_fails_stops_the_others():
 def test_memory_is_what_was_given(kernel, monkeypatch):
     source = KernelTiles(kernel)
     in_use = buffer_bytes(source, 2)
-    monkeypatch.setattr(budget, "process_memory", lambda: 10**6)
+    monkeypatch.setattr(config, "process_memory", lambda: 10**6)
     with pytest.raises(ResourceError, match=r"memory_limit=.* tiles in use by 2 threads need .* or threads=1"):
         as_operator(kernel, memory_limit=10**6 + in_use - 1, threads=2)
     num_tiles = source.grid.num_tiles
@@ -343,7 +343,7 @@ def test_memory_is_what_was_given(kernel, monkeypatch):
         found = as_operator(kernel, memory_limit=10**6 + in_use + num_kept * source.tile_bytes, threads=2)
         assert isinstance(found, StreamingOperator)
         assert found.share_kept == num_kept / num_tiles
-    monkeypatch.setattr(budget, "available_memory", lambda: 2 * in_use + 20 * source.tile_bytes)
+    monkeypatch.setattr(config, "available_memory", lambda: 2 * in_use + 20 * source.tile_bytes)
     found = as_operator(kernel, threads=2)
     assert isinstance(found, StreamingOperator)
     assert found.share_kept == 10 / num_tiles
@@ -352,7 +352,7 @@ def test_memory_is_what_was_given(kernel, monkeypatch):
 
 def test_tiles_give_way_to_products(kernel, rng, monkeypatch):
     source = KernelTiles(kernel)
-    monkeypatch.setattr(budget, "process_memory", lambda: 10**6)
+    monkeypatch.setattr(config, "process_memory", lambda: 10**6)
     num_tiles, in_use = source.grid.num_tiles, buffer_bytes(source, 2)
     column = 8 * 300
     found = as_operator(kernel, memory_limit=10**6 + in_use + num_tiles * source.tile_bytes, threads=2)

@@ -113,7 +113,7 @@ def test_clocks_decide_nothing(stores: tuple[Path, Path], name: str, monkeypatch
         for clock in ("perf_counter", "monotonic"):
             if hasattr(module, clock):
                 monkeypatch.setattr(module, clock, lambda: leaps.pop(0))
-    monkeypatch.setattr("ntkpipe.base.budget.available_memory", lambda: 2**30)
+    monkeypatch.setattr("ntkpipe.base.config.available_memory", lambda: 2**30)
     found = numbers(by_function(name, ntkpipe.open_kernel(stores[0]), stores[1]))
     assert found.keys() == expected.keys()
     assert [key for key, value in found.items() if not identical(value, expected[key])] == []

@@ -32,11 +32,9 @@ from ntkpipe.analysis.comparing.inputs import (
 from ntkpipe.analysis.comparing.result import Comparison
 from ntkpipe.analysis.comparing.spectra import Ends, How, Way, angle_error, find_ends, outer_ends, ratios_of, way_for
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.config import check_number
+from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work, digest_of
-from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.targets import Targets, Task, as_rows, encode, encode_test, note_on_unknown
 from ntkpipe.learning.regression.sources import CrossKernel
 from ntkpipe.operators.dense import DenseOperator

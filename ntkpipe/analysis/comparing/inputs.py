@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.analysis.comparing.entries import Entries, OperatorEntries, TileEntries
-from ntkpipe.base.budget import Budget
-from ntkpipe.base.config import check_number
+from ntkpipe.base.config import Budget, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.operators.opening import as_operator, open_for_solver

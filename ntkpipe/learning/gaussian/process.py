@@ -17,11 +17,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.config import check_number
+from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge, check_number
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, digest_of
-from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
 from ntkpipe.learning.regression.sources import CountedStages, CrossKernel, OfTargets, train_targets

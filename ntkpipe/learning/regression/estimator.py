@@ -11,9 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.arguments import check_options, known_names, options_of, require_known
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import Budget, MemoryLimit
+from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge
 from ntkpipe.base.errors import ConfigError, NotConvergedWarning
-from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.targets import Targets, Task, encode_test
 from ntkpipe.learning.regression.sources import CrossKernel, initial_matrix, outputs_of, targets_of, train_targets
 from ntkpipe.operators.opening import open_for_solver

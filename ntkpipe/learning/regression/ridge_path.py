@@ -15,11 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.config import check_number
+from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.ridge import RidgeScale
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, as_samples, note_on_unknown
 from ntkpipe.learning.regression.sources import (

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray, runs
+from ntkpipe.base.config import RidgeScale, absolute_ridges
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, Work, digest_of
-from ntkpipe.base.ridge import RidgeScale, absolute_ridges
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, as_rows, as_samples, as_values, encode, encode_test
 from ntkpipe.solvers.checkpoint import Stages

@@ -11,12 +11,10 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.config import check_number
+from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge, check_number
 from ntkpipe.base.errors import IndefiniteError, NonFiniteError, ResourceError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes, num_cores
-from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.operators.blas import Pool
 from ntkpipe.solvers.direct.factor import CholeskyFactor
 from ntkpipe.solvers.direct.panels import (

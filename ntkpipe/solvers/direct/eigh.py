@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray, runs
-from ntkpipe.base.budget import Budget, MemoryLimit
+from ntkpipe.base.config import Budget, MemoryLimit
 from ntkpipe.base.errors import NonFiniteError, SelfCheckError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ntkpipe.base.arrays import FloatArray, runs
+from ntkpipe.base.arrays import FloatArray, column_scales, runs, scaled_back
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.ranges import column_scales, scaled_back
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import Pool

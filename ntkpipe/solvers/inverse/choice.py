@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import Budget
+from ntkpipe.base.config import Budget
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes

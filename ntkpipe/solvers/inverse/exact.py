@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray, runs
-from ntkpipe.base.budget import Budget
+from ntkpipe.base.config import Budget
 from ntkpipe.base.errors import ConfigError, IndefiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.solvers.direct.cholesky import cholesky

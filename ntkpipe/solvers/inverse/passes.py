@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray, runs
-from ntkpipe.base.budget import Budget
+from ntkpipe.base.config import Budget
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.inverse.contract import INDEFINITE, UNKNOWN, Fit, Inverse, Question, Verdict, WithError

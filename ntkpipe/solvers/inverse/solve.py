@@ -9,11 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.config import check_number
+from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge, absolute_ridges, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work, digest_of
-from ntkpipe.base.ridge import RidgeScale, absolute_ridge, absolute_ridges
 from ntkpipe.base.targets import Task
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.blocks import as_block, as_targets

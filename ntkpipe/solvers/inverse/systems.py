@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import Budget
+from ntkpipe.base.config import Budget
 from ntkpipe.base.errors import ConfigError, IndefiniteError, ResourceError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, column_norms
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.ranges import column_norms
 from ntkpipe.solvers.linear.preconditioner import Preconditioner
 from ntkpipe.solvers.probe_lanczos import lowest_eigenvalue
 from ntkpipe.solvers.result import Monitor, Status, Step, ignore

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import Budget
-from ntkpipe.base.config import check_number
+from ntkpipe.base.config import Budget, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.solvers.checkpoint import Get, Journal

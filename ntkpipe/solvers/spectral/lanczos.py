@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.config import check_number
+from ntkpipe.base.config import Budget, MemoryLimit, check_number
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.operators.blas import single_threaded_blas

@@ -8,10 +8,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import Budget, MemoryLimit
+from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work
-from ntkpipe.base.ridge import RidgeScale, absolute_ridge
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.direct.cholesky import cholesky

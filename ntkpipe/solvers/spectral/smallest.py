@@ -8,8 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.budget import Budget, MemoryLimit
-from ntkpipe.base.config import check_number
+from ntkpipe.base.config import Budget, MemoryLimit, check_number
 from ntkpipe.base.errors import ConfigError, IndefiniteError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows

@@ -16,8 +16,7 @@ from xarray.core.indexing import (
     explicit_indexing_adapter,
 )
 
-from ntkpipe.base.kinds import get_kind
-from ntkpipe.base.planes import array_of, prefix_of
+from ntkpipe.base.kinds import array_of, get_kind, prefix_of
 from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.manifest import Manifest
 from ntkpipe.store.store import Store

@@ -66,7 +66,7 @@ def test_variances_are_the_dense_formula(tmp_path: Path, kind: str, method: str)
 
 
 def test_streamed_in_a_tenth_of_the_kernel(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ntkpipe.base.budget.process_memory", lambda: 0)
+    monkeypatch.setattr("ntkpipe.base.config.process_memory", lambda: 0)
     kernel, cross, diagonal = features(rng, num_train=500, num_test=20, size=600)
     targets = kernel[:, :2] + rng.standard_normal((500, 2))
     options: dict[str, Any] = {"ridge": 0.1, "test_kernel": cross, "test_diagonal": diagonal}

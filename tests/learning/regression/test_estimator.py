@@ -11,7 +11,7 @@ from sklearn.metrics import r2_score
 from sklearn.model_selection import GridSearchCV, cross_val_score
 
 from ntkpipe import KernelRegression
-from ntkpipe.base.budget import Budget
+from ntkpipe.base.config import Budget
 from ntkpipe.base.errors import ConfigError, NonFiniteError, NotConvergedWarning, ResourceError
 from ntkpipe.operators.opening import as_operator
 
@@ -221,7 +221,7 @@ def test_wrong_input_is_named(rng: np.random.Generator, tmp_path: Path) -> None:
 
 def test_memory_that_does_not_hold_a_factor(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenth of the kernel: λ = 0 and a ridge are solved by passes, and equal what LAPACK finds."""
-    monkeypatch.setattr("ntkpipe.base.budget.process_memory", lambda: 0)
+    monkeypatch.setattr("ntkpipe.base.config.process_memory", lambda: 0)
     kernel, test_kernel, _ = features(rng, num_train=1000, size=400)
     kernel += np.eye(1000)
     targets = rng.standard_normal((1000, 2))

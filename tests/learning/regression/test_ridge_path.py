@@ -145,7 +145,7 @@ def test_streamed_a_singular_kernel_without_a_ridge_says_so(rng: np.random.Gener
 
 def test_streamed_in_a_tenth_of_the_kernel(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no estimate is equal; estimates have error bars that hold."""
-    monkeypatch.setattr("ntkpipe.base.budget.process_memory", lambda: 0)
+    monkeypatch.setattr("ntkpipe.base.config.process_memory", lambda: 0)
     kernel, test_kernel, _ = features(rng, num_train=500, num_test=50, size=600)
     labels, test_labels = (part[:, :7].argmax(axis=1) % 3 for part in (kernel, test_kernel))
     options: dict[str, Any] = {"ridges": [0.05, 0.5], "ridge_scale": "mean_diagonal"}

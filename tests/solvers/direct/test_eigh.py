@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matrices import matrix_with_spectrum, power_law, spectra
 
-from ntkpipe.base import budget
+from ntkpipe.base import config
 from ntkpipe.base.errors import ConfigError, NonFiniteError, ResourceError, SelfCheckError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.direct import eigh as dense
@@ -28,7 +28,7 @@ def limit(request):
 @pytest.mark.parametrize("name", spectra(300))
 def test_spectra_are_those_asked_for(name, monkeypatch, limit):
     driver, of = limit
-    monkeypatch.setattr(budget, "process_memory", lambda: 0)
+    monkeypatch.setattr(config, "process_memory", lambda: 0)
     monkeypatch.setattr(dense, "_ROWS_AT_ONCE", 70)
     spectrum = spectra(300)[name]
     matrix = matrix_with_spectrum(spectrum)
@@ -68,7 +68,7 @@ def test_a_zero_matrix_has_zero_eigenvalues():
 
 
 def test_in_place_no_second_matrix_is_made(monkeypatch):
-    monkeypatch.setattr(budget, "process_memory", lambda: 0)
+    monkeypatch.setattr(config, "process_memory", lambda: 0)
     num_rows = 1200
     operator = DenseOperator(matrix_with_spectrum(power_law(num_rows, condition=1e4)))
     matrix_bytes = 8 * num_rows**2

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ntkpipe.base.budget import Budget
+from ntkpipe.base.config import Budget
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.solvers.inverse.choice import (
     are_all_cheaper,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matrices import matrix_with_spectrum, power_law
 
-from ntkpipe.base.budget import Budget
+from ntkpipe.base.config import Budget
 from ntkpipe.base.errors import IndefiniteError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.inverse.contract import INDEFINITE, Fit, Inverse, Question, Verdict, WithError, as_fields

@@ -5,7 +5,7 @@ import pytest
 from regressions import features
 
 from ntkpipe import gaussian_process
-from ntkpipe.base.budget import Budget
+from ntkpipe.base.config import Budget
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.inverse.contract import Verdict
 from ntkpipe.solvers.inverse.passes import ByPasses, vectors_that_fit
@@ -68,7 +68,7 @@ def test_what_is_not_solved_is_said(rng: np.random.Generator) -> None:
 
 
 def test_the_least_memory_is_a_tenth_of_a_float32_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ntkpipe.base.budget.process_memory", lambda: 0)
+    monkeypatch.setattr("ntkpipe.base.config.process_memory", lambda: 0)
     assert vectors_that_fit(4000, Budget(1)) == 200
     assert vectors_that_fit(400, Budget(1)) == 64
     assert vectors_that_fit(10**6, Budget(1)) == 768

@@ -321,7 +321,7 @@ def test_what_is_asked_for_wrongly_is_told_by_name(matrix):
 
 def test_solvers_take_what_they_say_they_take(matrix, monkeypatch):
     """With a byte less they refuse, or take fewer steps."""
-    monkeypatch.setattr("ntkpipe.base.budget.process_memory", lambda: 0)
+    monkeypatch.setattr("ntkpipe.base.config.process_memory", lambda: 0)
     for needed, call in (
         (bytes_of_solve(N, 2, 30), partial(solve, rhs=np.ones((N, 2)), ridge=1.0, rank=30, method="pcg")),
         (bytes_of_eigsh(N, 5), partial(eigsh, k=5)),

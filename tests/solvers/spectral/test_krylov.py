@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from matrices import matrix_with_spectrum, spectra
 
-from ntkpipe.base import budget
-from ntkpipe.base.budget import Budget
+from ntkpipe.base import config
+from ntkpipe.base.config import Budget
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.solvers.probe_lanczos import ProbeLanczos
 from ntkpipe.solvers.spectral.krylov import BlockLanczos, steps_that_fit
@@ -109,7 +109,7 @@ def test_a_block_of_zeros_spans_nothing():
 
 
 def test_steps_are_what_memory_holds(monkeypatch):
-    monkeypatch.setattr(budget, "process_memory", lambda: 5 * 10**8)
+    monkeypatch.setattr(config, "process_memory", lambda: 5 * 10**8)
     assert steps_that_fit(1000, 10, 50, Budget(10**9)) == 50
     assert steps_that_fit(1000, 10, 50, Budget(5 * 10**8 + 80_000 * 23)) == 20
     with pytest.raises(ResourceError, match="fewer columns or raise memory_limit"):

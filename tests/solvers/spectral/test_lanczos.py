@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matrices import matrix_with_spectrum, power_law, spectra
 
-from ntkpipe.base import budget
+from ntkpipe.base import config
 from ntkpipe.base.errors import ConfigError, NonFiniteError, ResourceError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.spectral.lanczos import eigsh
@@ -246,8 +246,8 @@ def test_a_matrix_with_nan_is_refused():
 
 @pytest.mark.parametrize("memory_limit", [None, 10**9 + 8 * 300 * 150])
 def test_vectors_that_do_not_fit_are_refused_at_once(monkeypatch, memory_limit):
-    monkeypatch.setattr(budget, "process_memory", lambda: 10**9)
-    monkeypatch.setattr(budget, "available_memory", lambda: 8 * 300 * 150)
+    monkeypatch.setattr(config, "process_memory", lambda: 10**9)
+    monkeypatch.setattr(config, "available_memory", lambda: 8 * 300 * 150)
     operator = DenseOperator(matrix_with_spectrum(power_law(300, condition=1e4)))
     with pytest.raises(ResourceError, match="smaller max_basis"):
         eigsh(operator, 20, memory_limit=memory_limit)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matrices import matrix_with_spectrum, power_law, spectra
 
-from ntkpipe.base import budget
+from ntkpipe.base import config
 from ntkpipe.base.errors import ConfigError, ResourceError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.direct.cholesky import cholesky
@@ -145,7 +145,7 @@ def test_two_runs_give_the_same_bits():
 
 def test_a_proof_that_does_not_fit_is_left_out_or_refused(monkeypatch, tmp_path):
     matrix = matrix_with_spectrum(power_law(300, condition=1e4))
-    monkeypatch.setattr(budget, "available_memory", lambda: 10**7)
+    monkeypatch.setattr(config, "available_memory", lambda: 10**7)
     assert smallest(matrix).certificate == "residual"
     assert smallest(matrix, path=tmp_path / "factor").certificate == "cholesky"
 
