@@ -2,8 +2,8 @@
 
 from .analysis.alignment import alignment as alignment
 from .analysis.comparing.compare import compare_kernels as compare_kernels
+from .analysis.eigenlearning import learning_curve as learning_curve
 from .analysis.generalisation import generalisation as generalisation
-from .analysis.learning_curve import learning_curve as learning_curve
 from .analysis.spectrum import spectrum as spectrum
 from .base.config import ClusterSpec as ClusterSpec
 from .base.errors import NtkpipeError as NtkpipeError

@@ -98,7 +98,7 @@ _ENTRIES = (
     Entry("generalisation", ".analysis.generalisation:generalisation", "theory of the test loss, and what is measured"),
     Entry(
         "learning_curve",
-        ".analysis.learning_curve:learning_curve",
+        ".analysis.eigenlearning:learning_curve",
         "predicted and measured losses for train sets of several sizes",
         inputs={"eigenpairs": "all_eigenpairs"},
     ),

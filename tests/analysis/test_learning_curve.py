@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from ntkpipe.analysis.eigenlearning import eigenlearning
-from ntkpipe.analysis.learning_curve import learning_curve
+from ntkpipe.analysis.eigenlearning import eigenlearning, learning_curve
 from ntkpipe.base.errors import ConfigError, ResourceError
 
 
