@@ -1,4 +1,4 @@
-"""Risk of kernel ridge regression that theory predicts from the eigensystem of a population; learning curves test it."""
+"""Risk of kernel ridge regression that theory predicts from the eigensystem of a population, and learning curves."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
