@@ -18,7 +18,7 @@ from ntkpipe.base.arrays import FloatArray, SquareSum
 from ntkpipe.base.grid import Grid
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.operators.blas import single_threaded_blas
-from ntkpipe.operators.tiles import TileIndex, TileReader, Tiles, TileSource, buffer_bytes
+from ntkpipe.operators.tiles import MatrixTiles, TileIndex, TileReader, Tiles, buffer_bytes
 
 ShardResult = TypeVar("ShardResult")
 
@@ -261,7 +261,7 @@ def num_blocks_in_use(num_threads: int, num_shards: int) -> int:
 class TiledOperator(Operator):
     """A symmetric matrix of stored tiles, or a leading block of one; subclasses decide where tiles are read."""
 
-    def __init__(self, source: TileSource, num_rows: int) -> None:
+    def __init__(self, source: MatrixTiles, num_rows: int) -> None:
         super().__init__(num_rows, source.dtype)
         self._source, self.rows_per_sample = source, source.rows_per_sample
         self._shards = cut_shards(source.grid, num_rows)
@@ -305,7 +305,7 @@ class StreamingOperator(TiledOperator):
 
     def __init__(
         self,
-        source: TileSource,
+        source: MatrixTiles,
         reader: TileReader,
         *,
         threads: int,

@@ -35,7 +35,7 @@ class ReadableTiles(Protocol):
         """Read a stored tile, into the buffer if there is one."""
 
 
-class TileSource(ReadableTiles, Protocol):
+class MatrixTiles(ReadableTiles, Protocol):
     """Where tiles come from. It pickles, so that the workers of a cluster can read for themselves."""
 
     grid: Grid  # the tiles of a symmetric matrix
@@ -57,11 +57,11 @@ class KernelTiles:
         self.tile_bytes, self.is_local = kernel.tile_bytes, kernel.is_local
 
     def identity(self) -> str:
-        """See :class:`TileSource`."""
+        """See :class:`MatrixTiles`."""
         return self.kernel.identity
 
     def read(self, index: TileIndex, buffer: NDArray[np.uint8] | None) -> NDArray[Any]:
-        """See :class:`TileSource`."""
+        """See :class:`MatrixTiles`."""
         return self.kernel.read_stored(*index, buffer)
 
 
@@ -100,13 +100,13 @@ class ArrayTiles:
         return digest_of(np.frombuffer(digests.encode(), np.uint8))
 
     def read(self, index: TileIndex, buffer: NDArray[np.uint8] | None) -> NDArray[Any]:
-        """See :class:`TileSource`; the array decides about memory."""
+        """See :class:`MatrixTiles`; the array decides about memory."""
         del buffer
         rows, columns = self.grid.rows.rows(index[0]), self.grid.columns.rows(index[1])
         return np.asarray(self.array[rows.start : rows.stop, columns.start : columns.stop])
 
 
-def tiles_of(matrix: Any, width: int = 1) -> TileSource | None:
+def tiles_of(matrix: Any, width: int = 1) -> MatrixTiles | None:
     """Tiles of whole samples, of ``width`` rows, of a stored kernel, a memory map, an array of a store; else none."""
     if isinstance(matrix, Kernel):
         return KernelTiles(matrix)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ntkpipe import open_kernel
 from ntkpipe.base.errors import TileError
 from ntkpipe.base.grid import Grid
-from ntkpipe.operators.tiles import TileIndex, TileSource
+from ntkpipe.operators.tiles import MatrixTiles, TileIndex
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.store import Store
 
@@ -41,7 +41,7 @@ class WatchedTiles:
         That a tile takes.
     """
 
-    source: TileSource
+    source: MatrixTiles
     folder: Path
     seconds: float = 0.0
 

@@ -19,7 +19,7 @@ from ntkpipe.executors import connect
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.operators.on_dask.operator import WorkerGroup, WorkersOperator
 from ntkpipe.operators.streaming import StreamingOperator
-from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, TileReader, TileSource
+from ntkpipe.operators.tiles import ArrayTiles, KernelTiles, MatrixTiles, TileReader
 
 Make = Callable[[NDArray[Any]], Operator]
 
@@ -30,9 +30,9 @@ class Stores:
     def __init__(self, root: str | Path, tile: int) -> None:
         self._root = root
         self._tile = tile
-        self._sources: dict[bytes, TileSource] = {}
+        self._sources: dict[bytes, MatrixTiles] = {}
 
-    def __call__(self, matrix: NDArray[Any]) -> TileSource:
+    def __call__(self, matrix: NDArray[Any]) -> MatrixTiles:
         key = matrix.tobytes()
         if key not in self._sources:
             where = f"{self._root}/{len(self._sources)}.zarr"
@@ -40,7 +40,7 @@ class Stores:
         return self._sources[key]
 
 
-def streaming(source: TileSource, *, share_kept: float, threads: int) -> StreamingOperator:
+def streaming(source: MatrixTiles, *, share_kept: float, threads: int) -> StreamingOperator:
     tiles = list(source.grid.tiles())
     cache_bytes = int(share_kept * len(tiles)) * source.tile_bytes
     return StreamingOperator(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import NonFiniteError
 from ntkpipe.base.operator import Operator
-from ntkpipe.operators.tiles import TileSource
+from ntkpipe.operators.tiles import MatrixTiles
 
 # A centred matrix of so small a part of the squared norm has no digits that say anything.
 _NOTHING_LEFT = 1e-10
@@ -25,7 +25,7 @@ _RUN = 512
 class TileEntries:
     """Entries of tiles; a run must lie in one. The last tile is kept, so that neighbours do not read it again."""
 
-    def __init__(self, source: TileSource, width: int) -> None:
+    def __init__(self, source: MatrixTiles, width: int) -> None:
         self._source = source
         self._rows = source.grid.rows.tile_rows
         self.width = width  # rows a sample

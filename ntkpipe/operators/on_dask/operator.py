@@ -29,7 +29,7 @@ from ntkpipe.operators.streaming import (
     cut_shards,
     num_blocks_in_use,
 )
-from ntkpipe.operators.tiles import TileSource, buffer_bytes
+from ntkpipe.operators.tiles import MatrixTiles, buffer_bytes
 
 # Share of a worker's limit; from 70 % on Dask writes its data to disk, at 80 % it pauses it, at 95 % it ends it.
 _SHARE_OF_LIMIT = 0.6
@@ -59,7 +59,7 @@ class WorkerGroup:
     def __init__(
         self,
         client: Client,
-        source: TileSource,
+        source: MatrixTiles,
         *,
         worker_bytes: int | None = None,
         cache_bytes: int | None = None,

@@ -12,7 +12,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.operator import digest_of
 from ntkpipe.executors.pool import is_cancelled, is_leaving, without_frames
 from ntkpipe.operators.streaming import EntryRequest, Shard, ShardThreads, cut_shards, measure
-from ntkpipe.operators.tiles import TileReader, Tiles, TileSource
+from ntkpipe.operators.tiles import MatrixTiles, TileReader, Tiles
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ShardWorker:
     for those of several.
     """
 
-    def __init__(self, source: TileSource) -> None:
+    def __init__(self, source: MatrixTiles) -> None:
         self._source = source
         self._readers: dict[int, TileReader] = {}
         self._shards: dict[int, tuple[Shard, ...]] = {}
@@ -52,7 +52,7 @@ class ShardWorker:
         self._counted = (0, 0)
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type["ShardWorker"], tuple[TileSource]]:
+    def __reduce__(self) -> tuple[type["ShardWorker"], tuple[MatrixTiles]]:
         # Where Dask moves it, or writes it to disk for lack of memory, tiles are left behind.
         return ShardWorker, (self._source,)
 
@@ -113,7 +113,7 @@ class ShardWorker:
         self._cached[request.num_rows] = request.owned, request.cache_bytes
 
 
-def compare_first_tile(source: TileSource, digest: str) -> str:
+def compare_first_tile(source: MatrixTiles, digest: str) -> str:
     """Why this worker cannot read what the driver reads; empty if it can."""
     try:
         is_same = digest_of(source.read((0, 0), None)) == digest
