@@ -59,7 +59,7 @@ def residuals(blocks: FloatArray, coefficients: FloatArray) -> FloatArray:
 
 @dataclass
 class Verdict:
-    """How far several answers can be trusted, all together."""
+    """How far several answers can be trusted, all together. Checkpoints hold its fields by their names."""
 
     status: Status = "converged"  # that of the first that did not converge
     worst: float = 0.0  # the largest relative residual
