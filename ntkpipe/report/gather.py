@@ -13,6 +13,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import absolute_ridge
 from ntkpipe.base.errors import ConfigError, IndefiniteError, NonFiniteError, ResourceError
 from ntkpipe.base.operator import Work
+from ntkpipe.base.progress import Phase
 from ntkpipe.base.targets import Targets, Task, encode
 from ntkpipe.learning.gaussian.calibration import Calibration, calibration
 from ntkpipe.learning.regression.ridge_path import Best, RidgePath
@@ -42,7 +43,9 @@ _MOST_BINS = 300  # rows of the picture of a kernel: a screen shows no more
 class Gathered:
     """Everything on a page: what the store keeps, and results of steps on one kernel, saved ones or else new ones."""
 
-    def __init__(self, store: KernelStore, array: str, across: Mapping[str, Any], run: Run | None) -> None:
+    def __init__(
+        self, store: KernelStore, array: str, across: Mapping[str, Any], run: Run | None, *, progress: bool
+    ) -> None:
         self.store, self.kernel, self._run = store, find_kernel(store, array), run
         self.results: dict[str, Any] = {}  # by step, those of chapters
         self.missing: dict[str, str] = {}  # step → why it has no result, and how to get it, in one sentence
@@ -55,7 +58,8 @@ class Gathered:
         # The order of samples in a picture, and means of blocks: rows of the picture, and classes if there are any
         self.arrangement = arrange(_encoded(store, self._task), self.kernel.grid.rows.num_samples)
         groupings = (self.arrangement.bins, self.arrangement.classes)
-        self.means = block_means(self.kernel, [labels for labels in groupings if labels is not None])
+        with Phase("picture of the kernel", enabled=progress):
+            self.means = block_means(self.kernel, [labels for labels in groupings if labels is not None])
         picture = perf_counter() - begin
         self.work = Work(1.0, seconds=picture)  # passes and bytes of what was done for the page
         self._find_all(across)

@@ -134,7 +134,7 @@ def write_report(
     across = {} if ridges is None else {"ridges": list(ridges), "ridge_scale": ridge_scale}
     run = partial(run_step, opened, array=array, memory_limit=budget, client=client, progress=progress)
     with reading_results(opened.path):
-        gathered = Gathered(opened, array, across, None if saved_only else run)
+        gathered = Gathered(opened, array, across, None if saved_only else run, progress=progress)
         from ntkpipe.report.compose import compose, render_page  # loads matplotlib and jinja2
 
         page = compose(gathered)
