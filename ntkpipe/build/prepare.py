@@ -28,7 +28,7 @@ from ntkpipe.jacobian.self_check import CheckReport, self_check
 from ntkpipe.store.store import Store
 
 _SHARE_OF_MEMORY = 0.7  # of the free memory, for a run without a memory limit
-_COST_BATCH = 8
+_COST_BATCH = 4
 _TIMED_SECONDS = 0.2  # long enough for the time of a batch of Jacobians to be reliable
 _STRIPS = 4  # Jacobian strips that a worker holds at once
 # Memory of a worker outside of tensors (scratch of BLAS and oneDNN, freed memory that the allocator keeps), measured
