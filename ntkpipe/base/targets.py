@@ -190,7 +190,9 @@ def _is_missing(one: Any) -> bool:
 
 
 def _require_all(values: NDArray[Any]) -> None:
-    missing = [place for place, one in enumerate(values.reshape(len(values), -1).tolist()) if any(map(_is_missing, one))]
+    missing = [
+        place for place, one in enumerate(values.reshape(len(values), -1).tolist()) if any(map(_is_missing, one))
+    ]
     if missing:
         raise NonFiniteError(
             f"targets of {len(missing)} samples are missing (None, NaN or NA), the first of sample {missing[0]}; leave "
@@ -236,8 +238,8 @@ def _doubt(values: NDArray[Any]) -> None:
             "task='classification' or task='regression'"
         )
     warnings.warn(
-        f"{size} integers as targets, {count} of them different, from {least} to {most}, are taken as labels of {count} "
-        "classes; if they are numbers, give task='regression', and if not, task='classification'",
+        f"{size} integers as targets, from {least} to {most}, are taken as labels of {count} classes; if they are "
+        "numbers, give task='regression', and if not, task='classification'",
         stacklevel=2,
     )
 
