@@ -155,15 +155,15 @@ def _encoded(posterior: Posterior, test_targets: ArrayLike, classes: ArrayLike |
     is_binary = columns == 1 and labels is not None and labels.shape == (2,)
     if labels is not None and not is_binary and labels.shape != (columns,):
         raise ConfigError(f"classes of shape {labels.shape} for {columns} outputs; needed a label for each")
-    taken = "regression" if labels is None else "binary" if is_binary else "classification"
-    if task not in {"auto", taken}:
-        how = "it is decided at the fit, gaussian_process(task=)"
-        raise ConfigError(f"task={task!r} for a posterior of {posterior.targets or taken}; {how}")
     if labels is None and columns > 1 and np.ndim(test_targets) == 1:
         raise ConfigError(
             f"labels as test targets for {columns} outputs without names: train targets were real, or the posterior "
             "is one of an older version; give the labels in the order of the outputs as classes="
         )
+    taken = "regression" if labels is None else "binary" if is_binary else "classification"
+    if task not in {"auto", taken}:
+        how = "it is decided at the fit, gaussian_process(task=)"
+        raise ConfigError(f"task={task!r} for a posterior of {posterior.targets or taken}; {how}")
     targets = encode_test(test_targets, Targets(np.zeros((0, columns)), labels, None, False, is_binary))
     if targets.matrix.shape != posterior.mean.shape:
         raise ConfigError(f"test targets of shape {np.shape(test_targets)} for predictions {posterior.mean.shape}")
