@@ -136,12 +136,12 @@ def encode_test(targets: ArrayLike, train: Targets) -> Targets:
     return replace(found, note=note)
 
 
-def as_values(targets: ArrayLike) -> NDArray[Any]:
+def as_values(targets: Any) -> NDArray[Any]:
     """Targets as an array of numbers or text, or one of objects that are the categories of a categorical.
 
     Objects that are all numbers become numbers. Raises ConfigError for other objects, NonFiniteError for missing ones.
     """
-    given: Any = targets
+    given = targets
     if hasattr(given, "detach"):  # a tensor, wherever it is and whether or not it has a gradient
         given = given.detach().cpu()
         given = given.float() if str(given.dtype) == "torch.bfloat16" else given
@@ -327,7 +327,7 @@ def _classes_of(labels: NDArray[Any], num_outputs: int | None, task: Task) -> ND
             )
         return np.arange(num_outputs, dtype=labels.dtype)
     shown = ", ".join(map(repr, classes[:5].tolist())) + (", …" if len(classes) > 5 else "")
-    others = f"real targets of {num_outputs} columns, or numbers with task='regression'"
+    others = f"real targets of {num_outputs} columns (task='regression')"
     if num_outputs == 1:
         others = "task='regression' for numbers, task='binary' for labels of two"
     raise ConfigError(

@@ -85,7 +85,7 @@ def calibration(
     Parameters
     ----------
     posterior
-        A posterior with test samples.
+        A posterior with test samples. Its fit has decided what targets are.
     test_targets
         Labels of classes (M,), or real targets (M,) or (M, O). A class that training does not have counts as wrong.
     classes
