@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from regressions import features
+from regressions import Categorical, features
 
 import ntkpipe
 from ntkpipe.base.errors import ConfigError
@@ -68,6 +68,9 @@ CASES = {
     "one class tested": of_classes(CODES + 1, np.full(9, 3), np.full(9, 2)),
     "all that are tested differ": of_classes(CODES + 1, np.array([3, 1, 2, 1, 1, 1, 1, 1, 1]), FIRST),
     "labels as floats": of_classes(CODES + 1.0, SOME + 1.0, SOME, task="classification"),
+    "categories that are floats": of_classes(
+        Categorical(CODES + 0.5), Categorical(SOME + 0.5), SOME, labels=SOME + 0.5, classes=(0.5, 1.5, 2.5)
+    ),
     "labels as one-hot columns": of_classes(
         np.eye(3, dtype=np.float32)[CODES], np.eye(3)[SOME], SOME, task="classification", labels=SOME, classes=(0, 1, 2)
     ),
@@ -315,8 +318,12 @@ def test_what_is_not_said_of_a_posterior_is_not_read_from_the_test_set(kernels: 
         found = ntkpipe.calibration(posterior, SOME + 1, classes=[1, 2, 3])
         assert found.mean_accuracy == right.mean_accuracy
         assert found.expected_calibration_error == right.expected_calibration_error
-    with pytest.raises(ConfigError, match=r"classes of shape \(2,\) for 3 outputs"):
-        ntkpipe.calibration(old, SOME + 1, classes=[1, 2])
+    for classes in ([1, 2], [1, 2, 2], [[1, 2, 3]]):
+        with pytest.raises(ConfigError, match=r"classes=.*for 3 outputs; needed another label for each"):
+            ntkpipe.calibration(old, SOME + 1, classes=classes)
+    # In the order of the outputs, whatever that is.
+    swapped = replace(old, mean=old.mean[:, ::-1].copy())
+    assert ntkpipe.calibration(swapped, SOME + 1, classes=[3, 2, 1]).mean_accuracy == right.mean_accuracy
     with pytest.raises(ConfigError, match=r"task='regression' for a posterior of 3 classes, one-hot.*at the fit"):
         ntkpipe.calibration(named, SOME + 1, task="regression")
 

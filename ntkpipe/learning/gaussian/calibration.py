@@ -153,8 +153,8 @@ def _encoded(posterior: Posterior, test_targets: ArrayLike, classes: ArrayLike |
     named: Any = posterior.classes if classes is None else classes
     labels = None if named is None else as_values(named)
     is_binary = columns == 1 and labels is not None and labels.shape == (2,)
-    if labels is not None and not is_binary and labels.shape != (columns,):
-        raise ConfigError(f"classes of shape {labels.shape} for {columns} outputs; needed a label for each")
+    if labels is not None and not (labels.shape == ((2,) if is_binary else (columns,)) == np.unique(labels).shape):
+        raise ConfigError(f"classes={labels.tolist()!r} for {columns} outputs; needed another label for each")
     if labels is None and columns > 1 and np.ndim(test_targets) == 1:
         raise ConfigError(
             f"labels as test targets for {columns} outputs without names: train targets were real, or the posterior "
