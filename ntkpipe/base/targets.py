@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.arrays import require_range
 from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.given import as_array
 
 # `binary` is one column of -1 for the first of two classes and +1 for the second, in place of two one-hot columns.
 Task = Literal["auto", "classification", "regression", "binary"]
@@ -20,7 +21,6 @@ Task = Literal["auto", "classification", "regression", "binary"]
 _MOST_CLASSES_OF_FLOATS = 100
 # Of fewer samples each may well have a class of its own.
 _FEWEST_DOUBTFUL = 20
-_NUMBERS = (bool, int, float, np.number, np.bool_)
 
 
 @dataclass(frozen=True)
@@ -115,17 +115,9 @@ def note_on_unknown(test: Targets) -> str:
 
 
 def as_values(targets: ArrayLike) -> NDArray[Any]:
-    """Targets as an array: of objects that are all numbers one of numbers, of bytes one of text."""
-    try:
-        values = np.asarray(targets)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"targets that are no array ({error}); needed numbers or labels, (N,) or (N, O)") from None
-    if values.dtype.kind == "S":
-        return values.astype(np.str_)
-    if values.dtype.kind == "O" and all(isinstance(one, _NUMBERS) for one in values.reshape(-1).tolist()):
-        narrow = np.array(values.tolist(), None if values.ndim == 1 else np.float64)
-        return narrow if narrow.shape == values.shape else values
-    return values
+    """Targets as an array; of bytes one of text."""
+    values = as_array("targets", targets)
+    return values.astype(np.str_) if values.dtype.kind == "S" else values
 
 
 def _values(targets: ArrayLike) -> NDArray[Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.given import is_in_slices, read_slices, real_dtype, require_mirror, require_square, require_symmetric
 from ntkpipe.base.grid import Axis, Grid
 from ntkpipe.base.operator import Work, digest_of
 from ntkpipe.store.kernel import Kernel
@@ -74,14 +75,14 @@ class ArrayTiles:
 
     # Rows of a tile are best a multiple of the chunks of the array.
     def __init__(self, array: Any, edge: int = _DEFAULT_EDGE) -> None:
-        shape, dtype = tuple(array.shape), np.dtype(array.dtype)
-        if len(shape) != 2 or shape[0] != shape[1] or not shape[0] or dtype not in (np.float32, np.float64):
-            raise ConfigError(f"a matrix of shape {shape} and dtype {dtype}; needed (n, n) in float32 or float64")
+        shape = tuple(array.shape)
+        require_square("the matrix", shape)
+        self.dtype = real_dtype("the matrix", shape, np.dtype(array.dtype)).newbyteorder("=")
         axis = Axis(shape[0], 1, min(edge, shape[0]))
-        self.array, self.edge, self.dtype = array, edge, dtype
+        self.array, self.edge, self._symmetric = array, edge, set[int]()  # diagonal tiles that were looked at
         self.grid = Grid(axis, axis, symmetric=True)
         self.rows_per_sample: int | None = None
-        self.tile_bytes = int(axis.tile) ** 2 * dtype.itemsize
+        self.tile_bytes = int(axis.tile) ** 2 * self.dtype.itemsize
         self.is_local = True
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -103,15 +104,30 @@ class ArrayTiles:
         """See :class:`MatrixTiles`; the array decides about memory."""
         del buffer
         rows, columns = self.grid.rows.rows(index[0]), self.grid.columns.rows(index[1])
-        return np.asarray(self.array[rows.start : rows.stop, columns.start : columns.stop])
+        tile = self._read(slice(rows.start, rows.stop), slice(columns.start, columns.stop))
+        if index[0] == index[1] and index[0] not in self._symmetric:
+            require_symmetric(tile)
+            self._symmetric.add(index[0])
+        return tile
+
+    def _read(self, rows: slice, columns: slice) -> NDArray[Any]:
+        return read_slices("the matrix", self.array, rows, columns).astype(self.dtype, copy=False)
+
+    def require_upper(self) -> None:
+        """Refuse an array of which the lower tiles alone are there, by its first row and column: they are not read."""
+        every, first = slice(0, self.grid.shape[0]), slice(0, 1)
+        if self.grid.rows.num_tiles > 1:
+            row, mirror = self._read(first, every)[0], self._read(every, first)[:, 0]
+            known = np.isfinite(row) & np.isfinite(mirror) & (mirror != 0)
+            gap = np.abs(row - mirror)[known].max(initial=0.0)
+            require_mirror(float(gap), float(np.abs(mirror[known]).max(initial=0.0)), self.dtype)
 
 
 def tiles_of(matrix: Any, width: int = 1) -> MatrixTiles | None:
     """Tiles of whole samples, of ``width`` rows, of a stored kernel, a memory map, an array of a store; else none."""
     if isinstance(matrix, Kernel):
         return KernelTiles(matrix)
-    is_read = isinstance(matrix, np.memmap) or hasattr(matrix, "chunks")
-    return ArrayTiles(matrix, max(1, _DEFAULT_EDGE // width) * width) if is_read else None
+    return ArrayTiles(matrix, max(1, _DEFAULT_EDGE // width) * width) if is_in_slices(matrix) else None
 
 
 def _open_mapped(edge: int, *place: Any) -> ArrayTiles:

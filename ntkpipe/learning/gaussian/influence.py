@@ -9,11 +9,10 @@ from numpy.typing import ArrayLike, NDArray
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.given import as_real
 from ntkpipe.base.tables import TableRows
 from ntkpipe.learning.regression.sources import CrossKernel, OfTargets, initial_matrix
 from ntkpipe.solvers.result import Result, recorded
-from ntkpipe.store.kernel import Kernel
-from ntkpipe.store.kernel_store import KernelSet
 
 _SHOWN = 5
 
@@ -80,8 +79,7 @@ def influence(
     coefficients, rows_a_sample, by_class = _taken_apart(model, is_classification, width)
     classes = getattr(model, "classes_", None)
     is_shared = classes is not None and coefficients.shape[1] * rows_a_sample == 1 < len(classes)
-    kernel = test_kernel.test_train if isinstance(test_kernel, KernelSet) else test_kernel
-    cross = CrossKernel(kernel, len(coefficients), rows_a_sample)
+    cross = CrossKernel(test_kernel, len(coefficients), rows_a_sample)
     num_train = len(coefficients) // rows_a_sample
     most = min(int(check_number("top", top, low=1)), num_train)
     outputs = coefficients.shape[1] if rows_a_sample == 1 else rows_a_sample
@@ -113,7 +111,7 @@ def influence(
         status="converged" if fit is None else fit.status,
         message=message,
         options={"is_classification": by_class, "width": rows_a_sample},
-        matrix=kernel.identity if isinstance(kernel, Kernel) else f"array of shape {tuple(np.shape(kernel))}",
+        matrix=cross.identity,
         predicted=predicted,
         top_samples=top_samples,
         top_terms=top_terms,
@@ -135,7 +133,7 @@ def _taken_apart(model: Any, is_classification: bool | None, width: int | None) 
         coefficients = model.dual_coef_
         rows, by_class = model.rows_per_sample_, hasattr(model, "classes_")
     else:
-        coefficients = np.asarray(model, np.float64)
+        coefficients = as_real("coefficients", model).astype(np.float64, copy=False)
         rows = 1 if width is None else int(check_number("width", width, low=1))
         several = rows > 1 or (coefficients.ndim == 2 and coefficients.shape[1] > 1)
         by_class = several if is_classification is None else is_classification
