@@ -62,6 +62,14 @@ def real_dtype(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.dt
     return dtype
 
 
+def dtype_of(array: Any) -> np.dtype[Any]:
+    """The dtype of what is not in memory; float64 where it has none that NumPy knows."""
+    try:
+        return np.dtype(getattr(array, "dtype", None))
+    except TypeError:
+        return np.dtype(np.float64)
+
+
 def require_square(name: str, shape: tuple[int, ...]) -> None:
     """Refuse a shape that no kernel of samples with themselves has."""
     if len(shape) == 2 and shape[0] == shape[1] and shape[0]:
@@ -75,24 +83,24 @@ def require_square(name: str, shape: tuple[int, ...]) -> None:
     raise ConfigError(f"{name} of shape {shape}; needed (n, n), samples with themselves{advice}")
 
 
-def require_symmetric(values: NDArray[Any]) -> float:
+def require_symmetric(name: str, values: NDArray[Any]) -> float:
     """Check that a matrix is finite, and symmetric up to rounding; returns its largest absolute entry."""
     largest, gap = 0.0, 0.0
     for first in range(0, len(values), _ROWS_AT_ONCE):
         rows, columns = values[first : first + _ROWS_AT_ONCE], values[:, first : first + _ROWS_AT_ONCE].T
         size = float(np.abs(rows).max())
         if not np.isfinite(size):
-            raise NonFiniteError("the matrix holds NaN or infinity")
+            raise NonFiniteError(f"{name} holds NaN or infinity")
         largest, gap = max(largest, size), max(gap, float(np.abs(rows - columns).max()))
-    require_mirror(gap, largest, values.dtype)
+    require_mirror(name, gap, largest, values.dtype)
     return largest
 
 
-def require_mirror(gap: float, largest: float, dtype: np.dtype[Any]) -> None:
+def require_mirror(name: str, gap: float, largest: float, dtype: np.dtype[Any]) -> None:
     """Refuse entries that differ from their mirror images by more than rounding."""
     if not gap <= min(100 * float(np.finfo(dtype).eps), _MOST_ROUNDING) * largest:
         raise ConfigError(
-            f"the matrix is not symmetric: an entry and its mirror differ by {gap:.3g}, entries are up to "
+            f"{name} is not symmetric: an entry and its mirror differ by {gap:.3g}, entries are up to "
             f"{largest:.3g}. Of one that has a triangle alone, give K + K.T - np.diag(K.diagonal())"
         )
 
@@ -136,14 +144,16 @@ def _require_written(name: str, array: Any, values: NDArray[Any], parts: tuple[s
     first = [np.arange(part.start // size, -(-part.stop // size)) for part, size in zip(parts, sizes, strict=True)]
     corners = [np.maximum(at * size - part.start, 0) for at, size, part in zip(first, sizes, parts, strict=True)]
     alike = np.argwhere(_equals(values[np.ix_(*corners)], fill))
+    is_sharded = getattr(array, "shards", None) is not None  # a shard that is there may lack chunks
+    if not len(alike) or (not is_sharded and array.nchunks_initialized >= array.nchunks):
+        return
     unsure = []
     for place in alike:
         index = tuple(int(at[number]) for at, number in zip(first, place, strict=True))
         whole = tuple(slice(at * size, (at + 1) * size) for at, size in zip(index, sizes, strict=True))
         if _equals(np.asarray(array[whole]), fill).all():
             unsure.append(index)
-    is_sharded = getattr(array, "shards", None) is not None  # a shard may lack chunks
-    if unsure and (is_sharded or array.nchunks_initialized < array.nchunks):
+    if unsure:
         more = f" and {len(unsure) - _MOST_NAMED} more" if len(unsure) > _MOST_NAMED else ""
         raise TileError(
             f"{name}: chunks {', '.join(map(str, unsure[:_MOST_NAMED]))}{more} of {array!r} read as the fill value "

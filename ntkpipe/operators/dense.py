@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray, SquareSum, require_matrix_range
 from ntkpipe.base.given import as_real, require_square, require_symmetric
@@ -27,10 +27,10 @@ class DenseOperator(Operator):
 
     work = Work()
 
-    def __init__(self, matrix: ArrayLike, *, storage_dtype: np.dtype[Any] | None = None) -> None:
-        values = as_real("the matrix", matrix)
-        require_square("the matrix", values.shape)
-        self._largest = require_symmetric(values)
+    def __init__(self, matrix: Any, *, storage_dtype: np.dtype[Any] | None = None, name: str = "the matrix") -> None:
+        values = as_real(name, matrix)
+        require_square(name, values.shape)
+        self._largest = require_symmetric(name, values)
         super().__init__(len(values), storage_dtype or values.dtype)
         self._matrix = values
         self._identity: str | None = None

@@ -30,7 +30,7 @@ def matrix_of(given: Any, name: str = "the matrix") -> Any:
         require_square(name, tuple(given.shape))
         return given
     has_products = hasattr(given, "shape") and hasattr(given, "__matmul__") and not hasattr(given, "__array__")
-    return ProductOperator(given) if has_products else DenseOperator(given)
+    return ProductOperator(given, name) if has_products else DenseOperator(given, name=name)
 
 
 @checked
@@ -47,9 +47,13 @@ def as_operator(
     Parameters
     ----------
     matrix
-        A symmetric stored kernel, such as ``store.train``; a NumPy array; a memory map or an array of another store,
-        such as a ``zarr.Array``, whose upper tiles are streamed; or an operator, which is returned as it is. For an
-        array in memory and for an operator all options are ignored.
+        A symmetric stored kernel, such as ``store.train``, or a store, for that; an array in memory: NumPy's, or what
+        becomes one, such as lists, tensors and data frames; a memory map or an array of another library's store, such
+        as a ``zarr.Array``; a matrix of :mod:`scipy.sparse` or a :class:`scipy.sparse.linalg.LinearOperator`, whose
+        entries, where they are needed, are products with unit vectors; or an operator, which is returned as it is.
+        Options are for what is stored, and ignored for others. An array in memory is not copied, so it must not
+        change meanwhile. It may differ from its transpose by rounding: products then take it as it is, direct solvers
+        its upper triangle. Of what is stored the upper tiles of 2,048 rows are read, and their mirrors are not.
     memory_limit
         Bytes that this process may have during a pass: tiles in use, products, and as many cached tiles as there is
         room for beside them; others are read again in each pass. Default for tiles: what the process has and half of
@@ -66,9 +70,12 @@ def as_operator(
     Raises
     ------
     ConfigError
-        If the matrix is not symmetric, an option is out of range, or the client is no Dask client.
+        If the matrix is not symmetric, not of real numbers, or not opened yet (a path, a group); if entries are masked;
+        if an option is out of range, or the client is no Dask client.
     NonFiniteError
         If an array holds NaN or infinity.
+    TileError
+        From the operator, where a ``zarr.Array`` lacks chunks, which would read as its fill value; it names them.
     ResourceError
         If the limit leaves no room for the tiles in use.
     ClusterError

@@ -7,7 +7,7 @@ import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError
-from ntkpipe.base.given import real_dtype, require_square
+from ntkpipe.base.given import dtype_of, real_dtype, require_square
 from ntkpipe.base.operator import Operator, Work, digest_of
 
 _PROBES = 4
@@ -21,12 +21,12 @@ class ProductOperator(Operator):
 
     work = Work()
 
-    def __init__(self, matrix: Any) -> None:
+    def __init__(self, matrix: Any, name: str = "the matrix") -> None:
         shape = tuple(matrix.shape)
-        require_square("the matrix", shape)
-        dtype = real_dtype("the matrix", shape, np.dtype(matrix.dtype))
+        require_square(name, shape)
+        dtype = real_dtype(name, shape, dtype_of(matrix))
         super().__init__(shape[0], dtype)
-        self._matrix = matrix
+        self._matrix, self._name = matrix, name
         self._require_symmetric(float(np.finfo(dtype).eps))
 
     def _require_symmetric(self, eps: float) -> None:
@@ -38,7 +38,7 @@ class ProductOperator(Operator):
         gap = float(np.abs(forms - forms.T).max())
         if gap > 100 * eps * size:
             raise ConfigError(
-                f"the matrix is not symmetric: x'Ky and y'Kx of random vectors differ by {gap:.3g}, and are at most "
+                f"{self._name} is not symmetric: x'Ky and y'Kx of random vectors differ by {gap:.3g}, and are at most "
                 f"{size:.3g}; give (K + K.T) / 2, if that is meant"
             )
         self._identity = digest_of(products)
@@ -52,11 +52,11 @@ class ProductOperator(Operator):
         try:
             product = np.asarray(self._matrix @ block, np.float64)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            what = f"the matrix: a {type(self._matrix).__name__} whose product with a block of columns fails"
+            what = f"{self._name}: a {type(self._matrix).__name__} whose product with a block of columns fails"
             raise ConfigError(f"{what} ({error}); give an array, or a scipy.sparse.linalg.LinearOperator") from error
         if product.shape != block.shape:
-            raise ConfigError(f"the matrix: a product of shape {product.shape} with a block of shape {block.shape}")
+            raise ConfigError(f"{self._name}: a product of shape {product.shape} with a block of shape {block.shape}")
         if not np.isfinite(product).all():
-            raise NonFiniteError("the matrix holds NaN or infinity: its product with finite numbers does")
+            raise NonFiniteError(f"{self._name} holds NaN or infinity: its product with finite numbers does")
         self.work += Work(1.0, 0, perf_counter() - start)
         return np.array(product, order="C", copy=None)

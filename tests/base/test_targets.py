@@ -32,8 +32,8 @@ def test_containers_and_dtypes_do_not_change_what_targets_are(targets: Any, word
 @pytest.mark.parametrize(
     ("targets", "task", "words"),
     [
-        ([[1.0], [1.0, 2.0]], "auto", "targets that are no array"),
-        (torch.zeros(3, requires_grad=True), "auto", "targets that are no array"),
+        ([[1.0], [1.0, 2.0]], "auto", "targets: a list that NumPy does not take"),
+        (torch.zeros(3).to_sparse(), "auto", "targets: a Tensor that NumPy does not take"),
         (np.array([1, "a", None], object), "auto", "labels of several types"),
         (np.where(REAL > 0, 2.0**63, -(2.0**63)), "classification", "needed labels"),
         (np.arange(30), "auto", "all of them different"),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.config import RidgeScale, absolute_ridges
 from ntkpipe.base.errors import ConfigError, NonFiniteError
-from ntkpipe.base.given import as_real, is_in_slices, read_slices, real_dtype, require_opened
+from ntkpipe.base.given import as_real, dtype_of, is_in_slices, read_slices, real_dtype, require_opened
 from ntkpipe.base.operator import Operator, Work, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, as_rows, as_samples, as_values, encode, encode_test
@@ -132,7 +132,7 @@ class CrossKernel:
         require_opened(_NAME, matrix)
         self._matrix = matrix if is_in_slices(matrix) else as_real(_NAME, matrix)
         shape = tuple(self._matrix.shape)
-        real_dtype(_NAME, shape, np.dtype(self._matrix.dtype))
+        real_dtype(_NAME, shape, dtype_of(self._matrix))
         if len(shape) != 2 or shape[1] != num_columns or not shape[0] or shape[0] % width:
             samples = f", {width} rows a sample" if width > 1 else ""
             turned = "; is it train × test? Then give its transpose" if num_columns == shape[0] else ""
