@@ -154,12 +154,12 @@ def _require_written(name: str, array: Any, values: NDArray[Any], parts: tuple[s
         if _equals(np.asarray(array[whole]), fill).all():
             unsure.append(index)
     if unsure:
+        rewrite = "" if is_sharded else ', or write it with config={"write_empty_chunks": True}'
         more = f" and {len(unsure) - _MOST_NAMED} more" if len(unsure) > _MOST_NAMED else ""
         raise TileError(
             f"{name}: chunks {', '.join(map(str, unsure[:_MOST_NAMED]))}{more} of {array!r} read as the fill value "
             f"{fill} throughout: they were never written, or left out since they hold nothing else. Write them; if the "
-            "fill value is meant, give the array in memory, array[...], or write it with "
-            'config={"write_empty_chunks": True}'
+            f"fill value is meant, give the array in memory, array[...]{rewrite}"
         )
 
 

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
-from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.given import as_real
 from ntkpipe.base.tables import TableRows
 from ntkpipe.learning.regression.sources import CrossKernel, OfTargets, initial_matrix
@@ -137,10 +137,12 @@ def _taken_apart(model: Any, is_classification: bool | None, width: int | None) 
         rows = 1 if width is None else int(check_number("width", width, low=1))
         several = rows > 1 or (coefficients.ndim == 2 and coefficients.shape[1] > 1)
         by_class = several if is_classification is None else is_classification
-    has_columns = rows > 1 and coefficients.size != len(coefficients)
-    if coefficients.ndim not in {1, 2} or len(coefficients) % rows or has_columns:
+    count = len(coefficients) if coefficients.ndim in {1, 2} and coefficients.size else 0
+    if not count or count % rows or (rows > 1 and coefficients.size != count):
         raise ConfigError(f"coefficients of shape {coefficients.shape} for {rows} rows a sample")
-    return coefficients.reshape(len(coefficients), -1), rows, by_class
+    if not np.isfinite(coefficients).all():
+        raise NonFiniteError("coefficients hold NaN or infinity")
+    return coefficients.reshape(count, -1), rows, by_class
 
 
 def _terms(

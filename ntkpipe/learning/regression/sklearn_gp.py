@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.errors import ConfigError, needed_for
+from ntkpipe.base.errors import ConfigError, NonFiniteError, needed_for
 from ntkpipe.base.given import as_real
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelSet
@@ -18,7 +18,16 @@ with needed_for("PrecomputedKernel", "scikit-learn"):
 
 def _opened(name: str, matrix: Any) -> Any:
     """A stored kernel, or an array in memory."""
-    return matrix if isinstance(matrix, Kernel) else as_real(name, matrix)
+    found = matrix if isinstance(matrix, Kernel) else as_real(name, matrix)
+    if len(found.shape) != 2:
+        raise ConfigError(f"{name} of shape {found.shape}; needed a matrix")
+    return found
+
+
+def _finite(values: FloatArray) -> FloatArray:
+    if not np.isfinite(values).all():
+        raise NonFiniteError("the kernel holds NaN or infinity")
+    return values
 
 
 class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
@@ -88,7 +97,10 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
 
     @property
     def _test_train(self) -> Any:
-        return _opened("test_train", self.test_train)
+        found, size = _opened("test_train", self.test_train), self._train.shape[0]
+        if found.shape[1] != size:
+            raise ConfigError(f"test_train of shape {found.shape}; needed (m, {size}), test rows with train rows")
+        return found
 
     @property
     def train_rows(self) -> NDArray[np.int64]:
@@ -149,7 +161,7 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
                     values[at] = self._test_train[np.ix_(other, own)].T
                 else:
                     values[at] = (self._test_train if of_rows else self._train)[np.ix_(own, other)]
-        return (values, np.empty((*values.shape, 0))) if eval_gradient else values
+        return (_finite(values), np.empty((*values.shape, 0))) if eval_gradient else _finite(values)
 
     def _of_tests(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> FloatArray:
         blocks = self._blocks()
@@ -183,7 +195,7 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
         if not np.all(trains):
             diagonal = np.diagonal(self._blocks(), axis1=1, axis2=2).ravel()
             values[~trains] = diagonal[rows[~trains] - size]
-        return values
+        return _finite(values)
 
     def is_stationary(self) -> bool:
         """Whether the kernel depends on differences of inputs alone: row numbers say nothing of that."""

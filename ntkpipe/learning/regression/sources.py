@@ -135,7 +135,7 @@ class CrossKernel:
         real_dtype(_NAME, shape, dtype_of(self._matrix))
         if len(shape) != 2 or shape[1] != num_columns or not shape[0] or shape[0] % width:
             samples = f", {width} rows a sample" if width > 1 else ""
-            turned = "; is it train × test? Then give its transpose" if num_columns == shape[0] else ""
+            turned = "; is it train × test? Then give its transpose" if shape[:1] == (num_columns,) else ""
             raise ConfigError(
                 f"a test kernel of shape {shape}; needed (test rows, {num_columns}), a column for each row of the "
                 f"train kernel{samples}{turned}"
