@@ -113,7 +113,7 @@ def require_opened(name: str, given: Any) -> None:
             'store, zarr.open_array(path), numpy.load(path, mmap_mode="r"), or h5py.File(path)[name]'
         )
     if hasattr(given, "keys") and not hasattr(given, "shape"):
-        names = ", ".join(str(key) for key in list(given.keys())[:_MOST_NAMED])
+        names = ", ".join(sorted(map(str, given.keys()))[:_MOST_NAMED])
         raise ConfigError(f"{name}: a {type(given).__name__} of arrays, {names}; give one of them, by its name")
 
 
