@@ -1,4 +1,4 @@
-"""One door for arrays: whatever holds real numbers is taken with every digit, and what does not is named and refused."""
+"""One door for arrays: whatever holds real numbers is taken with every digit, and what does not is named."""
 
 import numpy as np
 import pytest
@@ -46,6 +46,7 @@ def test_what_is_no_array_of_real_numbers_is_named(name):
         as_real("these", make(MATRIX))
     assert str(caught.value).startswith("these")
     assert isinstance(caught.value, ConfigError | TileError)
+    assert (".real" in str(caught.value)) == name.startswith("complex")
 
 
 def test_a_mask_is_refused_in_slices_too():
