@@ -23,7 +23,7 @@ def as_array(name: str, given: Any) -> NDArray[Any]:
     if is_in_slices(given):
         return read_slices(name, given, *(slice(0, size) for size in given.shape))
     try:
-        values = np.asanyarray(_in_memory(given))
+        values = _numbers(np.asanyarray(_in_memory(given)))
     except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         what = f"{name}: a {type(given).__name__} that NumPy does not take as an array ({error})"
         raise ConfigError(f"{what}; convert it to one of real numbers") from None
@@ -32,10 +32,16 @@ def as_array(name: str, given: Any) -> NDArray[Any]:
     found = np.asarray(values)
     if found.dtype.kind == "O" and not found.ndim:
         raise ConfigError(f"{name}: a {type(given).__name__}; needed an array")
-    if found.dtype.kind == "O" and all(isinstance(one, _NUMBERS) for one in found.reshape(-1).tolist()):
-        narrow = np.array(found.tolist(), None if found.ndim == 1 else np.float64)
-        return narrow if narrow.shape == found.shape else found
     return found
+
+
+def _numbers(values: NDArray[Any]) -> NDArray[Any]:
+    """Objects that are all numbers as such."""
+    is_plain = values.dtype.kind == "O" and not isinstance(values, np.ma.MaskedArray)
+    if is_plain and values.ndim and all(isinstance(one, _NUMBERS) for one in values.reshape(-1).tolist()):
+        narrow = np.array(values.tolist(), None if values.ndim == 1 else np.float64)
+        return narrow if narrow.shape == values.shape else values
+    return values
 
 
 def _in_memory(given: Any) -> Any:
@@ -49,7 +55,9 @@ def _in_memory(given: Any) -> Any:
 def as_real(name: str, given: Any) -> NDArray[Any]:
     """The same of real numbers that float64 holds: integers and truth values become float64."""
     values = as_array(name, given)
-    return values.astype(real_dtype(name, values.shape, values.dtype), copy=False)
+    dtype = real_dtype(name, values.shape, values.dtype)
+    with np.errstate(over="ignore"):  # what float64 does not hold is infinite, and refused as such
+        return values.astype(dtype, copy=False)
 
 
 def real_dtype(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.dtype[Any]:

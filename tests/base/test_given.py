@@ -81,6 +81,15 @@ def test_columns_of_a_frame_may_have_any_name():
         as_real("it", pandas.DataFrame(MATRIX).astype("Float64").mask(pandas.DataFrame(MATRIX > 1)))
 
 
+def test_what_float64_does_not_hold():
+    too_large = [[10**400, 1], [1, 2]]
+    with pytest.raises(ConfigError, match="them: a list that NumPy does not take"):
+        as_real("them", too_large)
+    with pytest.raises(NonFiniteError, match="K holds NaN or infinity"):
+        require_symmetric("K", as_real("K", np.full((2, 2), np.longdouble("1e4000"))))
+    np.testing.assert_array_equal(as_real("them", np.array([[2**70, 0.5]], object)), [[2.0**70, 0.5]])
+
+
 def test_labels_stay_what_they_are():
     for labels in (["b", "a"], [True, False], [3, 1, 2]):
         np.testing.assert_array_equal(as_array("labels", labels), np.array(labels))

@@ -49,6 +49,13 @@ DOORS = {
         lambda held: ntkpipe.KernelRegression(**EXACT).fit(K, held).dual_coef_,
         COEFFICIENTS,
     ),
+    "initial outputs": (
+        Y / 2,
+        lambda held: (
+            ntkpipe.KernelRegression(**EXACT, centre="initial_outputs").fit(K, Y, initial_outputs=held).dual_coef_
+        ),
+        COEFFICIENTS / 2,
+    ),
     "factor": (Y, lambda held: ntkpipe.cholesky(K, ridge=RIDGE).solve(held).coefficients, COEFFICIENTS),
     "product": (Y, lambda held: OPERATOR @ held, K @ Y),
     "scikit-learn's kernel": (
@@ -72,8 +79,8 @@ def test_results_are_those_of_the_array(door, hold):
 def test_what_is_no_array_is_named(door, what):
     values, result, _ = DOORS[door]
     make, words = REFUSED[what]
-    if what == "None" and door in ("mean of a process", "variance of a process", "diagonal", "scikit-learn's kernel"):
-        words = "needed both or none|inputs from"
+    if what == "None":  # which is nothing given, where that is allowed
+        words = f"{words}|needed both or none|inputs from|and no initial"
     with pytest.raises(NtkpipeError, match=words) as caught:
         result(make(values))
     assert isinstance(caught.value, ConfigError | TileError)

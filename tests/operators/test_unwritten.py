@@ -85,6 +85,16 @@ def test_a_chunk_of_a_shard_that_is_there():
         ntkpipe.eigvalsh(array)
 
 
+def test_object_storage():
+    obstore = pytest.importorskip("obstore")
+    where = zarr.storage.ObjectStore(obstore.store.MemoryStore())
+    array = stored(where, missing={(0, 2), (2, 0)})
+    with pytest.raises(TileError, match=r"chunks \(0, 2\), \(2, 0\) of"):
+        ntkpipe.eigvalsh(array)
+    array[:] = K
+    np.testing.assert_allclose(ntkpipe.eigvalsh(array).eigenvalues, np.linalg.eigvalsh(K)[::-1], rtol=0, atol=1e-13)
+
+
 def test_zeros_that_were_written_are_meant():
     """Kernels of samples that have nothing in common: whole chunks are zero."""
     blocks = np.kron(np.eye(4), np.abs(K[:EDGE, :EDGE]))

@@ -77,7 +77,8 @@ def train_targets(operator: Operator, targets: Any, initial: Any | None, task: T
     """Encode targets for a kernel, centred at initial outputs if there are any."""
     values = as_values(targets)
     width = _width_of(operator, len(values) if values.ndim else 0)
-    columns = np.shape(initial)[1] if initial is not None and np.ndim(initial) == 2 else None
+    initial = None if initial is None else as_real("initial_outputs", initial)
+    columns = initial.shape[1] if initial is not None and initial.ndim == 2 else None
     found = encode(values, num_outputs=width if width > 1 else columns, task=task)
     matrix = found.matrix if initial is None else found.matrix - initial_matrix(initial, found.matrix.shape)
     return TrainTargets(found, width, as_rows(matrix, width), initial is not None)
