@@ -393,7 +393,8 @@ class _Training(Stepping):
 def _initial(initial_outputs: ArrayLike, shape: tuple[int, ...], encoded: Targets, num_rows: int) -> FloatArray:
     """Columns of f_0, which has the shape of the targets, or of the columns that labels became."""
     needed = (len(encoded.matrix),) if encoded.is_flat else encoded.matrix.shape
-    if np.shape(initial_outputs) not in {needed, shape if encoded.classes is None else needed}:
-        raise ConfigError(f"initial_outputs of shape {np.shape(initial_outputs)}; needed {needed}, as targets have")
-    block = as_block("initial_outputs", initial_outputs, len(encoded.matrix))
+    values = as_real("initial_outputs", initial_outputs)
+    if values.shape not in {needed, shape if encoded.classes is None else needed}:
+        raise ConfigError(f"initial_outputs of shape {values.shape}; needed {needed}, as targets have")
+    block = as_block("initial_outputs", values, len(encoded.matrix))
     return block.reshape(num_rows, -1)
