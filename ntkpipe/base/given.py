@@ -138,9 +138,19 @@ def read_slices(name: str, array: Any, *parts: slice) -> NDArray[Any]:
         rows = f"rows {parts[0].start} to {parts[0].stop - 1}"
         raise TileError(f"{name}: {rows} of a {type(array).__name__} cannot be read: {error}") from error
     values = as_array(name, np.asarray(part) if isinstance(part, np.memmap) else part)
-    if hasattr(array, "nchunks_initialized") and values.size:
+    # Zarr says how many chunks were written, HDF5 by its lower interface.
+    has_chunks = hasattr(array, "nchunks_initialized") or hasattr(getattr(array, "id", None), "get_num_chunks")
+    if has_chunks and array.chunks and values.size:
         _require_written(name, array, values, parts)
     return values
+
+
+def _may_lack_chunks(array: Any) -> bool:
+    if getattr(array, "shards", None) is not None:
+        return True  # a shard that is there may lack chunks
+    if hasattr(array, "nchunks_initialized"):
+        return bool(array.nchunks_initialized < array.nchunks)
+    return bool(array.id.get_num_chunks() < math.prod(map(math.ceil, np.divide(array.shape, array.chunks))))
 
 
 def _require_written(name: str, array: Any, values: NDArray[Any], parts: tuple[slice, ...]) -> None:
@@ -148,12 +158,12 @@ def _require_written(name: str, array: Any, values: NDArray[Any], parts: tuple[s
 
     Zarr leaves such chunks out by default, so whether they were written is not known.
     """
-    sizes, fill = array.chunks, np.asarray(array.fill_value if array.fill_value is not None else 0, values.dtype)
+    sizes, given = array.chunks, getattr(array, "fill_value", getattr(array, "fillvalue", None))
+    fill = np.asarray(0 if given is None else given, values.dtype)
     first = [np.arange(part.start // size, -(-part.stop // size)) for part, size in zip(parts, sizes, strict=True)]
     corners = [np.maximum(at * size - part.start, 0) for at, size, part in zip(first, sizes, parts, strict=True)]
     alike = np.argwhere(_equals(values[np.ix_(*corners)], fill))
-    is_sharded = getattr(array, "shards", None) is not None  # a shard that is there may lack chunks
-    if not len(alike) or (not is_sharded and array.nchunks_initialized >= array.nchunks):
+    if not len(alike) or not _may_lack_chunks(array):
         return
     unsure = []
     for place in alike:
@@ -162,7 +172,8 @@ def _require_written(name: str, array: Any, values: NDArray[Any], parts: tuple[s
         if _equals(np.asarray(array[whole]), fill).all():
             unsure.append(index)
     if unsure:
-        rewrite = "" if is_sharded else ', or write it with config={"write_empty_chunks": True}'
+        can_keep = hasattr(array, "nchunks_initialized") and getattr(array, "shards", None) is None
+        rewrite = ', or write it with config={"write_empty_chunks": True}' if can_keep else ""
         more = f" and {len(unsure) - _MOST_NAMED} more" if len(unsure) > _MOST_NAMED else ""
         raise TileError(
             f"{name}: chunks {', '.join(map(str, unsure[:_MOST_NAMED]))}{more} of {array!r} read as the fill value "

@@ -10,7 +10,7 @@ from matrices import matrix_with_spectrum, power_law
 from zarr.codecs import BloscCodec
 
 import ntkpipe
-from ntkpipe.base.errors import TileError
+from ntkpipe.base.errors import ConfigError, TileError
 
 N, EDGE = 40, 10
 K = matrix_with_spectrum(power_law(N, condition=1e3, largest=10.0))
@@ -83,6 +83,22 @@ def test_a_chunk_of_a_shard_that_is_there():
     assert array.nchunks_initialized == array.nchunks  # it counts shards
     with pytest.raises(TileError, match=r"chunks \(0, 1\), \(1, 0\) of"):
         ntkpipe.eigvalsh(array)
+
+
+def test_hdf5(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    blocks = np.kron(np.eye(4), np.abs(K[:EDGE, :EDGE]))
+    with h5py.File(tmp_path / "k.h5", "w") as file:
+        part = file.create_dataset("part", (N, N), "f8", chunks=(EDGE, EDGE))
+        part[: 3 * EDGE] = K[: 3 * EDGE]
+        with pytest.raises(TileError, match=r"chunks \(3, 0\), \(3, 1\), \(3, 2\), \(3, 3\) of"):
+            ntkpipe.eigvalsh(part)
+        for name, data in (("whole", K), ("ragged", K), ("blocks", blocks), ("contiguous", blocks)):
+            chunks = {"ragged": (7, 9), "contiguous": None}.get(name, (EDGE, EDGE))
+            found = ntkpipe.eigvalsh(file.create_dataset(name, data=data, chunks=chunks)).eigenvalues
+            np.testing.assert_allclose(found, np.linalg.eigvalsh(data)[::-1], rtol=0, atol=1e-13)
+        with pytest.raises(ConfigError, match="the matrix: a File of arrays, blocks, contiguous, part"):
+            ntkpipe.eigvalsh(file)
 
 
 def test_object_storage():
