@@ -259,7 +259,7 @@ def learning_curve(
         The kernel K of the population: what :func:`ntkpipe.as_operator` takes. Where it does not fit memory, give
         ``as_operator(kernel).leading(n)``. One of N·c rows is a full NTK, whose train sets are of whole samples.
     sizes
-        Samples n in a train set, each less than N. Default N/32 to N/4.
+        Samples n in a train set, each less than N. Default N/32 to N/4, or N/2 of two or three samples.
     ridges
         Ridges λ ≥ 0. Default 0 and 0.01 to 10 mean diagonals.
     num_subsets
@@ -318,9 +318,12 @@ def learning_curve(
 
 def _sizes(sizes: Sequence[int] | None, count: int) -> list[int]:
     if sizes is None:
-        sizes = sorted({count // part for part in _DEFAULT_PARTS if count // part})
-    if not len(sizes):
-        raise ConfigError(f"no size of a train set is given for {count} samples; needed at least one")
+        sizes = sorted({count // part for part in _DEFAULT_PARTS if count // part}) or [count // 2]
+    if not len(sizes) or count < 2:
+        raise ConfigError(
+            f"{len(sizes)} sizes of train sets, of {count} samples; needed a size, and at least two samples: train "
+            "sets are compared with the samples that they leave out"
+        )
     for size in sizes:
         check_number("size", size, low=1, high=count - 1)
     return [int(size) for size in sizes]

@@ -229,11 +229,12 @@ def _measures(fit: Fit) -> dict[str, float]:
         "overfitting_coefficient": WithError(coefficient, spread),
         "effective_dimension": fit.effective_dimension,
     }
+    deviation = float(each.std(ddof=1)) if len(each) > 1 else np.nan  # of one sample there is none
     return {
         **as_fields(estimates),
         "train_loss": fit.train_loss,
         "generalised_cross_validation": fit.generalised_cross_validation.value,
-        "left_out_spread": float(each.std(ddof=1)) / (n // (len(fit.left_out) // len(each))) ** 0.5,
+        "left_out_spread": deviation / (n // (len(fit.left_out) // len(each))) ** 0.5,
     }
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.arrays import digest_of as digest_of
-from ntkpipe.base.arrays import power_of_two, require_matrix_range
+from ntkpipe.base.arrays import power_of_two, require_matrix_range, runs
 from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.given import as_real
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -77,18 +78,20 @@ class Operator(ABC):
     def _multiply(self, block: NDArray[np.float64]) -> NDArray[np.float64]:
         """``K @ block`` for a C-contiguous block of shape (n, r)."""
 
-    @abstractmethod
     def _measure(self) -> Statistics:
-        """Compute the statistics, in one pass if possible."""
+        """Compute the statistics, in one pass if possible; here by all columns."""
+        diagonal, squared = np.empty(self.num_rows), 0.0
+        for run in runs(self.num_rows, _COLUMNS_AT_ONCE):
+            found = self.columns(np.arange(run.start, run.stop))
+            diagonal[run] = found[run].diagonal()
+            squared += float(np.vdot(found, found))
+        return Statistics(diagonal, squared**0.5)
 
     def matmat(self, block: ArrayLike) -> NDArray[np.float64]:
         """Compute ``K @ block`` in float64, in one pass."""
-        values = np.asarray(block)
-        if values.ndim not in {1, 2} or values.shape[0] != self.num_rows or values.dtype.kind not in "fiub":
-            raise ConfigError(
-                f"a block of shape {values.shape} and dtype {values.dtype}; needed ({self.num_rows},) or "
-                f"({self.num_rows}, r) of real numbers"
-            )
+        values = as_real("a block", block)
+        if values.ndim not in {1, 2} or values.shape[0] != self.num_rows:
+            raise ConfigError(f"a block of shape {values.shape}; needed ({self.num_rows},) or ({self.num_rows}, r)")
         # For an order or alignment that BLAS does not take, numpy's own loops would give other bits.
         values = np.require(values, np.float64, ["C", "ALIGNED"])
         if not np.isfinite(values).all():
@@ -358,15 +361,6 @@ class _Leading(_View):
 
     def _block(self, rows: slice, columns: slice) -> NDArray[np.float64]:
         return self._base.block(rows, columns)
-
-    def _measure(self) -> Statistics:
-        diagonal, squared = np.empty(self.num_rows), 0.0
-        for start in range(0, self.num_rows, _COLUMNS_AT_ONCE):
-            numbers = np.arange(start, min(start + _COLUMNS_AT_ONCE, self.num_rows))
-            found = self.columns(numbers)
-            diagonal[numbers] = found[numbers, numbers - start]
-            squared += float(np.vdot(found, found))
-        return Statistics(diagonal, squared**0.5)
 
     def storage_floor(self) -> float:
         return Operator.storage_floor(self)

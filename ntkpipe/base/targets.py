@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.arrays import require_range
 from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.given import as_array
 
 # `binary` is one column of -1 for the first of two classes and +1 for the second, in place of two one-hot columns.
 Task = Literal["auto", "classification", "regression", "binary"]
@@ -141,29 +142,18 @@ def as_values(targets: Any) -> NDArray[Any]:
 
     Objects that are all numbers become numbers. Raises ConfigError for other objects, NonFiniteError for missing ones.
     """
-    given = targets
-    if hasattr(given, "detach"):  # a tensor, wherever it is and whether or not it has a gradient
-        given = given.detach().cpu()
-        given = given.float() if str(given.dtype) == "torch.bfloat16" else given
-    if np.ma.is_masked(given):
-        raise NonFiniteError("targets have masked entries; leave these samples out, or fill them")
-    try:
-        values = np.asarray(given)
-        if values.dtype.kind in "ST":
-            values = values.astype(np.str_ if values.dtype.kind == "S" else object)
-        if values.dtype.kind == "U" and not hasattr(given, "dtype"):
-            # NumPy makes text of everything that is beside text in a list.
-            objects = np.asarray(given, object)
-            values = values if all(isinstance(one, str) for one in objects.reshape(-1).tolist()) else objects
-        if hasattr(getattr(given, "dtype", None), "categories") and values.dtype.kind not in "biu":
-            values = values.astype(object)
-            _require_all(values)
-            return values
-        return _narrowed(values) if values.dtype.kind == "O" else values
-    except (TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"targets that are no array ({error}); needed numbers or labels, (N,) or (N, O)") from None
+    values = as_array("targets", targets)
+    if values.dtype.kind in "ST":
+        values = values.astype(np.str_ if values.dtype.kind == "S" else object)
+    if values.dtype.kind == "U" and not hasattr(targets, "dtype"):
+        # NumPy makes text of everything that is beside text in a list.
+        objects = np.asarray(targets, object)
+        values = values if all(isinstance(one, str) for one in objects.reshape(-1).tolist()) else objects
+    if hasattr(getattr(targets, "dtype", None), "categories") and values.dtype.kind not in "biu":
+        values = values.astype(object)
+        _require_all(values)
+        return values
+    return _narrowed(values) if values.dtype.kind == "O" else values
 
 
 def _narrowed(values: NDArray[Any]) -> NDArray[Any]:

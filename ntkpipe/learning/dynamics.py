@@ -10,7 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import Budget, MemoryLimit, check_number
-from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.given import as_real
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task
@@ -19,6 +20,7 @@ from ntkpipe.solvers.blocks import as_block, as_targets
 from ntkpipe.solvers.inverse.contract import INDEFINITE
 from ntkpipe.solvers.result import Monitor, OfTargets, Status, ignore, recorded
 from ntkpipe.solvers.spectral.krylov import BlockLanczos, Stepping, TopEigenvalue, is_due, steps_that_fit
+from ntkpipe.store.kernel_store import KernelSet
 from ntkpipe.store.results import Checkpoint
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -51,13 +53,15 @@ class Dynamics(OfTargets):
 
     def predict(self, cross: ArrayLike, initial_outputs: ArrayLike | None = None) -> FloatArray:
         """Functions on other samples at all times, shape (T, m, c): ``f_0 + K_cross @ coefficients``."""
-        block = np.asarray(cross)
+        block = as_real("the cross kernel", cross.test_train if isinstance(cross, KernelSet) else cross)
         if block.ndim != 2 or block.shape[1] != self.coefficients.shape[1]:
             raise ConfigError(f"a cross kernel of shape {block.shape}; needed (m, {self.coefficients.shape[1]})")
+        if not np.isfinite(block).all():
+            raise NonFiniteError("the cross kernel holds NaN or infinity")
         found = np.stack([block @ at_time for at_time in self.coefficients]).astype(np.float64, copy=False)
         if initial_outputs is None:
             return found
-        start = np.asarray(initial_outputs, np.float64)
+        start = as_real("initial_outputs", initial_outputs).astype(np.float64, copy=False)
         if start.shape != found.shape[1:]:
             raise ConfigError(f"initial_outputs of shape {start.shape}; needed {found.shape[1:]}")
         return np.asarray(found + start)
@@ -388,7 +392,8 @@ class _Training(Stepping):
 def _initial(initial_outputs: ArrayLike, shape: tuple[int, ...], encoded: Targets, num_rows: int) -> FloatArray:
     """Columns of f_0, which has the shape of the targets, or of the columns that labels became."""
     needed = (len(encoded.matrix),) if encoded.is_flat else encoded.matrix.shape
-    if np.shape(initial_outputs) not in {needed, shape if encoded.classes is None else needed}:
-        raise ConfigError(f"initial_outputs of shape {np.shape(initial_outputs)}; needed {needed}, as targets have")
-    block = as_block("initial_outputs", initial_outputs, len(encoded.matrix))
+    values = as_real("initial_outputs", initial_outputs)
+    if values.shape not in {needed, shape if encoded.classes is None else needed}:
+        raise ConfigError(f"initial_outputs of shape {values.shape}; needed {needed}, as targets have")
+    block = as_block("initial_outputs", values, len(encoded.matrix))
     return block.reshape(num_rows, -1)

@@ -7,10 +7,10 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray, SquareSum, require_matrix_range
-from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.given import as_real, require_square, require_symmetric
 from ntkpipe.base.operator import Operator, Statistics, Work, digest_of
 from ntkpipe.operators.blas import Pool
 
@@ -27,15 +27,10 @@ class DenseOperator(Operator):
 
     work = Work()
 
-    def __init__(self, matrix: ArrayLike, *, storage_dtype: np.dtype[Any] | None = None) -> None:
-        values = np.asarray(matrix)
-        if values.dtype.kind in "iub":
-            values = values.astype(np.float64)
-        if values.ndim != 2 or values.shape[0] != values.shape[1] or not len(values) or values.dtype.kind != "f":
-            raise ConfigError(
-                f"a matrix of shape {values.shape} and dtype {values.dtype}; needed (n, n) of real numbers"
-            )
-        self._largest = _largest_of_symmetric(values)
+    def __init__(self, matrix: Any, *, storage_dtype: np.dtype[Any] | None = None, name: str = "the matrix") -> None:
+        values = as_real(name, matrix)
+        require_square(name, values.shape)
+        self._largest = require_symmetric(name, values)
         super().__init__(len(values), storage_dtype or values.dtype)
         self._matrix = values
         self._identity: str | None = None
@@ -87,20 +82,3 @@ class DenseOperator(Operator):
 
     def _leading(self, num_rows: int) -> Operator:
         return DenseOperator(self._matrix[:num_rows, :num_rows], storage_dtype=self.storage_dtype)
-
-
-def _largest_of_symmetric(values: NDArray[Any]) -> float:
-    """The largest absolute value of entries, after a check that they are finite and symmetric."""
-    eps = float(np.finfo(values.dtype).eps)
-    largest, gap = 0.0, 0.0
-    for first in range(0, len(values), _ROWS_AT_ONCE):
-        rows, columns = values[first : first + _ROWS_AT_ONCE], values[:, first : first + _ROWS_AT_ONCE].T
-        size = float(np.abs(rows).max())
-        if not np.isfinite(size):
-            raise NonFiniteError("the matrix holds NaN or infinity")
-        largest, gap = max(largest, size), max(gap, float(np.abs(rows - columns).max()))
-    if gap > 100 * eps * largest:
-        raise ConfigError(
-            f"the matrix is not symmetric: an entry and its mirror differ by {gap:.3g}, entries are up to {largest:.3g}"
-        )
-    return largest

@@ -12,6 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.given import (
+    dtype_of,
+    is_in_slices,
+    read_slices,
+    real_dtype,
+    require_mirror,
+    require_square,
+    require_symmetric,
+)
 from ntkpipe.base.grid import Axis, Grid
 from ntkpipe.base.operator import Work, digest_of
 from ntkpipe.store.kernel import Kernel
@@ -21,6 +30,7 @@ Tiles = Iterable[tuple[TileIndex, NDArray[Any]]]  # with their indices, as :meth
 # A requested tile: cached already or on its way, then into this buffer unless it is to be cached.
 _Coming = tuple[TileIndex, "NDArray[Any] | Future[NDArray[Any]]", NDArray[np.uint8] | None]
 
+_NAME = "the matrix"
 _DEFAULT_EDGE = 2048
 _LOCAL_DEPTH, _REMOTE_DEPTH = 2, 8  # tiles read ahead of the one in use: a server needs more requests than a disk
 
@@ -74,14 +84,14 @@ class ArrayTiles:
 
     # Rows of a tile are best a multiple of the chunks of the array.
     def __init__(self, array: Any, edge: int = _DEFAULT_EDGE) -> None:
-        shape, dtype = tuple(array.shape), np.dtype(array.dtype)
-        if len(shape) != 2 or shape[0] != shape[1] or not shape[0] or dtype not in (np.float32, np.float64):
-            raise ConfigError(f"a matrix of shape {shape} and dtype {dtype}; needed (n, n) in float32 or float64")
+        shape = tuple(array.shape)
+        require_square(_NAME, shape)
+        self.dtype = real_dtype(_NAME, shape, dtype_of(array)).newbyteorder("=")
         axis = Axis(shape[0], 1, min(edge, shape[0]))
-        self.array, self.edge, self.dtype = array, edge, dtype
+        self.array, self.edge, self._symmetric = array, edge, set[int]()  # diagonal tiles that were looked at
         self.grid = Grid(axis, axis, symmetric=True)
         self.rows_per_sample: int | None = None
-        self.tile_bytes = int(axis.tile) ** 2 * dtype.itemsize
+        self.tile_bytes = int(axis.tile) ** 2 * self.dtype.itemsize
         self.is_local = True
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -91,7 +101,7 @@ class ArrayTiles:
         if not isinstance(base, mmap.mmap):  # then numpy does not know where it begins
             raise ConfigError("part of a memory map cannot be sent to workers; give a numpy.memmap of that part")
         order = "C" if self.array.flags.c_contiguous else "F"
-        place = (str(self.array.filename), self.dtype, "r", self.array.offset, self.array.shape, order)
+        place = (str(self.array.filename), self.array.dtype, "r", self.array.offset, self.array.shape, order)
         return _open_mapped, (self.edge, *place)
 
     def identity(self) -> str:
@@ -103,15 +113,30 @@ class ArrayTiles:
         """See :class:`MatrixTiles`; the array decides about memory."""
         del buffer
         rows, columns = self.grid.rows.rows(index[0]), self.grid.columns.rows(index[1])
-        return np.asarray(self.array[rows.start : rows.stop, columns.start : columns.stop])
+        tile = self._read(slice(rows.start, rows.stop), slice(columns.start, columns.stop))
+        if index[0] == index[1] and index[0] not in self._symmetric:
+            require_symmetric(_NAME, tile)
+            self._symmetric.add(index[0])
+        return tile
+
+    def _read(self, rows: slice, columns: slice) -> NDArray[Any]:
+        return read_slices(_NAME, self.array, rows, columns).astype(self.dtype, copy=False)
+
+    def require_upper(self) -> None:
+        """Refuse an array of which the lower tiles alone are there, by its first row and column: they are not read."""
+        every, first = slice(0, self.grid.shape[0]), slice(0, 1)
+        if self.grid.rows.num_tiles > 1:
+            row, mirror = self._read(first, every)[0], np.asarray(self.array[every, first], self.dtype)[:, 0]
+            known = np.isfinite(row) & np.isfinite(mirror) & (mirror != 0)
+            gap = np.abs(row - mirror)[known].max(initial=0.0)
+            require_mirror(_NAME, float(gap), float(np.abs(mirror[known]).max(initial=0.0)), self.dtype)
 
 
 def tiles_of(matrix: Any, width: int = 1) -> MatrixTiles | None:
     """Tiles of whole samples, of ``width`` rows, of a stored kernel, a memory map, an array of a store; else none."""
     if isinstance(matrix, Kernel):
         return KernelTiles(matrix)
-    is_read = isinstance(matrix, np.memmap) or hasattr(matrix, "chunks")
-    return ArrayTiles(matrix, max(1, _DEFAULT_EDGE // width) * width) if is_read else None
+    return ArrayTiles(matrix, max(1, _DEFAULT_EDGE // width) * width) if is_in_slices(matrix) else None
 
 
 def _open_mapped(edge: int, *place: Any) -> ArrayTiles:

@@ -5,19 +5,16 @@ from numpy.typing import ArrayLike
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.given import as_real
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.targets import Targets, Task, as_values, encode
 
 
 def as_block(name: str, values: ArrayLike, num_rows: int, *, allow_none: bool = False) -> FloatArray:
     """Check a block, and return it as C-contiguous float64 of two axes; without a copy where it is that already."""
-    block = np.asarray(values)
-    fits = block.ndim in {1, 2} and block.shape[0] == num_rows and (block.size > 0 or allow_none)
-    if not fits or block.dtype.kind not in "fiub":
-        raise ConfigError(
-            f"{name} of shape {block.shape} and dtype {block.dtype}; needed ({num_rows},) or ({num_rows}, c) of real "
-            "numbers"
-        )
+    block = as_real(name, values)
+    if block.ndim not in {1, 2} or block.shape[0] != num_rows or not (block.size or allow_none):
+        raise ConfigError(f"{name} of shape {block.shape}; needed ({num_rows},) or ({num_rows}, c)")
     block = np.ascontiguousarray(block, np.float64).reshape(num_rows, -1 if block.size else 0)
     if not np.isfinite(block).all():
         raise NonFiniteError(f"{name} hold NaN or infinity")

@@ -380,7 +380,7 @@ def test_matrices_that_are_none(tmp_path, make_manifest):
         as_operator(np.ones((3, 4)))
     with pytest.raises(NonFiniteError, match="NaN or infinity"):
         as_operator(np.array([[np.nan]]))
-    with pytest.raises(ConfigError, match="float32 or float64"):
-        ArrayTiles(np.ones((3, 3), int))
+    with pytest.raises(ConfigError, match="real numbers"):
+        ArrayTiles(np.ones((3, 3), complex))
     with pytest.raises(ConfigError, match="threads"):
         as_operator(np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.float64, (3, 3)), threads=0)

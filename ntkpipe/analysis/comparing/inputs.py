@@ -6,18 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.analysis.comparing.entries import Entries, OperatorEntries, TileEntries
 from ntkpipe.base.config import Budget, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
-from ntkpipe.operators.opening import as_operator, open_for_solver
+from ntkpipe.operators.opening import as_operator, matrix_of, open_for_solver
 from ntkpipe.operators.tiles import tiles_of
 from ntkpipe.store.export import find_kernel
 from ntkpipe.store.kernel import Kernel
-from ntkpipe.store.kernel_store import KernelStore, open_kernel
+from ntkpipe.store.kernel_store import KernelSet, KernelStore, open_kernel
 from ntkpipe.store.manifest import DataRecord, Manifest, differences
 
 if TYPE_CHECKING:
@@ -94,11 +93,9 @@ def inputs_of(
 
 def _input_of_matrix(kernel: Any, name: str) -> KernelInput:
     """A matrix that is not known to have more than one row a sample."""
-    shape = tuple(int(size) for size in (kernel.shape if hasattr(kernel, "shape") else np.shape(kernel)))
-    if len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
-        raise ConfigError(f"{name} has shape {shape}; needed a square kernel of samples with themselves")
-    matrix = kernel if isinstance(kernel, Operator) or tiles_of(kernel) is not None else np.asarray(kernel)
-    return KernelInput(f"{name} ({shape[0]} × {shape[0]})", matrix, 1, shape[0])
+    matrix = matrix_of(kernel, name)
+    count = int(matrix.shape[0])
+    return KernelInput(f"{name} ({count} × {count})", matrix, 1, count)
 
 
 def _stored_input(kernel: Any, array: str) -> KernelInput | None:
@@ -106,6 +103,8 @@ def _stored_input(kernel: Any, array: str) -> KernelInput | None:
         kernel = open_kernel(kernel)
     if isinstance(kernel, KernelStore):
         return _input_of_store(kernel, array)
+    if isinstance(kernel, KernelSet):
+        kernel = kernel.train
     return _input_of_store(open_kernel(kernel.root), kernel.name) if isinstance(kernel, Kernel) else None
 
 

@@ -8,12 +8,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
-from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.given import as_real
 from ntkpipe.base.tables import TableRows
 from ntkpipe.learning.regression.sources import CrossKernel, initial_matrix
 from ntkpipe.solvers.result import OfTargets, recorded
-from ntkpipe.store.kernel import Kernel
-from ntkpipe.store.kernel_store import KernelSet
 
 _SHOWN = 5
 _OF_FIT = ("targets", "classes", "is_binary")
@@ -81,8 +80,7 @@ def influence(
     fit: OfTargets | None = getattr(model, "result_", None)
     known: dict[str, Any] = {} if fit is None else {name: getattr(fit, name) for name in _OF_FIT}
     task = {} if fit is None else {"task": fit.options.get("task", "auto")}
-    kernel = test_kernel.test_train if isinstance(test_kernel, KernelSet) else test_kernel
-    cross = CrossKernel(kernel, len(coefficients), rows_a_sample)
+    cross = CrossKernel(test_kernel, len(coefficients), rows_a_sample)
     num_train = len(coefficients) // rows_a_sample
     most = min(int(check_number("top", top, low=1)), num_train)
     outputs = coefficients.shape[1] if rows_a_sample == 1 else rows_a_sample
@@ -113,7 +111,7 @@ def influence(
         status="converged" if fit is None else fit.status,
         message=message,
         options={**task, "is_classification": by_class, "width": rows_a_sample},
-        matrix=kernel.identity if isinstance(kernel, Kernel) else f"array of shape {tuple(np.shape(kernel))}",
+        matrix=cross.identity,
         predicted=predicted,
         top_samples=top_samples,
         top_terms=top_terms,
@@ -134,14 +132,16 @@ def _taken_apart(model: Any, is_classification: bool | None, width: int | None) 
         coefficients = model.dual_coef_
         rows, by_class = model.rows_per_sample_, hasattr(model, "classes_")
     else:
-        coefficients = np.asarray(model, np.float64)
+        coefficients = as_real("coefficients", model).astype(np.float64, copy=False)
         rows = 1 if width is None else int(check_number("width", width, low=1))
         several = rows > 1 or (coefficients.ndim == 2 and coefficients.shape[1] > 1)
         by_class = several if is_classification is None else is_classification
-    has_columns = rows > 1 and coefficients.size != len(coefficients)
-    if coefficients.ndim not in {1, 2} or len(coefficients) % rows or has_columns:
+    count = len(coefficients) if coefficients.ndim in {1, 2} and coefficients.size else 0
+    if not count or count % rows or (rows > 1 and coefficients.size != count):
         raise ConfigError(f"coefficients of shape {coefficients.shape} for {rows} rows a sample")
-    return coefficients.reshape(len(coefficients), -1), rows, by_class
+    if not np.isfinite(coefficients).all():
+        raise NonFiniteError("coefficients hold NaN or infinity")
+    return coefficients.reshape(count, -1), rows, by_class
 
 
 def _terms(

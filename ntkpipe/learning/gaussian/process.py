@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge, check_number
 from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.given import as_real
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
@@ -223,9 +224,12 @@ def gaussian_process(
 
 
 def _prior_covariance(diagonal: Any, shape: tuple[int, int, int]) -> FloatArray:
-    blocks = np.asarray(diagonal, np.float64)
+    blocks = as_real("test_diagonal", diagonal).astype(np.float64, copy=False)
     if blocks.shape != shape and not (shape[1] == 1 and blocks.shape == shape[:1]):
-        raise ConfigError(f"test_diagonal of shape {blocks.shape}; needed {shape}, such as store.test_diagonal")
+        raise ConfigError(
+            f"test_diagonal of shape {blocks.shape}; needed {shape}, such as store.test_diagonal: the blocks of test "
+            "samples with themselves"
+        )
     if not np.isfinite(blocks).all():
         raise NonFiniteError("test_diagonal holds NaN or infinity")
     return blocks.reshape(shape)

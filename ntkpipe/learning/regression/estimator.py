@@ -204,10 +204,8 @@ class KernelRegression:
         """
         if not hasattr(self, "dual_coef_"):
             raise ConfigError("this KernelRegression is not fitted yet; call fit(kernel, y) first")
-        if isinstance(test_kernel, KernelSet):
-            if self.centre is not None and initial_outputs is None:
-                initial_outputs = outputs_of(test_kernel, "test")
-            test_kernel = test_kernel.test_train
+        if isinstance(test_kernel, KernelSet) and self.centre is not None and initial_outputs is None:
+            initial_outputs = outputs_of(test_kernel, "test")
         initial = self._initial(initial_outputs, "initial_outputs of the test samples, predict(…, initial_outputs=)")
         coefficients = self.dual_coef_.reshape(len(self.dual_coef_), -1)
         predicted = CrossKernel(test_kernel, len(coefficients), self.rows_per_sample_).outputs(coefficients)

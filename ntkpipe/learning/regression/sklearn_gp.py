@@ -7,11 +7,27 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.errors import ConfigError, needed_for
+from ntkpipe.base.errors import ConfigError, NonFiniteError, needed_for
+from ntkpipe.base.given import as_real
+from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelSet
 
 with needed_for("PrecomputedKernel", "scikit-learn"):
     from sklearn.gaussian_process.kernels import Kernel as GaussianProcessKernel
+
+
+def _opened(name: str, matrix: Any) -> Any:
+    """A stored kernel, or an array in memory."""
+    found = matrix if isinstance(matrix, Kernel) else as_real(name, matrix)
+    if len(found.shape) != 2:
+        raise ConfigError(f"{name} of shape {found.shape}; needed a matrix")
+    return found
+
+
+def _finite(values: FloatArray) -> FloatArray:
+    if not np.isfinite(values).all():
+        raise NonFiniteError("the kernel holds NaN or infinity")
+    return values
 
 
 class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
@@ -74,10 +90,22 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
             return cls(kernels.train)
         return cls(kernels.train, kernels.test_train, kernels.test_diagonal)
 
+    # scikit-learn wants parameters unchanged as attributes, so they are looked at here.
+    @property
+    def _train(self) -> Any:
+        return _opened("train", self.train)
+
+    @property
+    def _test_train(self) -> Any:
+        found, size = _opened("test_train", self.test_train), self._train.shape[0]
+        if found.shape[1] != size:
+            raise ConfigError(f"test_train of shape {found.shape}; needed (m, {size}), test rows with train rows")
+        return found
+
     @property
     def train_rows(self) -> NDArray[np.int64]:
         """Train rows as inputs, (n, 1)."""
-        return np.arange(int(self.train.shape[0]))[:, None]
+        return np.arange(self._train.shape[0])[:, None]
 
     @property
     def test_rows(self) -> NDArray[np.int64]:
@@ -90,11 +118,11 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
         """
         if self.test_train is None:
             raise ConfigError(f"{self!r} has no test rows; give test_train, of test rows with train rows")
-        return int(self.train.shape[0]) + np.arange(int(self.test_train.shape[0]))[:, None]
+        return np.arange(self._test_train.shape[0])[:, None] + int(self._train.shape[0])
 
     def __repr__(self) -> str:
-        tests = "" if self.test_train is None else f", {self.test_train.shape[0]} test rows"
-        return f"PrecomputedKernel({self.train.shape[0]} train rows{tests})"
+        tests = "" if self.test_train is None else f", {self._test_train.shape[0]} test rows"
+        return f"PrecomputedKernel({self._train.shape[0]} train rows{tests})"
 
     def __sklearn_clone__(self) -> "PrecomputedKernel":
         return type(self)(self.train, self.test_train, self.test_diagonal)
@@ -122,7 +150,7 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
         """
         rows = self._numbers(X)
         columns = rows if Y is None else self._numbers(Y)
-        values, size = np.empty((rows.size, columns.size)), self.train.shape[0]
+        values, size = np.empty((rows.size, columns.size)), self._train.shape[0]
         for of_rows, of_columns in product((False, True), repeat=2):
             at = np.ix_((rows >= size) == of_rows, (columns >= size) == of_columns)
             if all(places.size for places in at):
@@ -130,10 +158,10 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
                 if of_rows and of_columns:
                     values[at] = self._of_tests(own, other)
                 elif of_columns:
-                    values[at] = self.test_train[np.ix_(other, own)].T
+                    values[at] = self._test_train[np.ix_(other, own)].T
                 else:
-                    values[at] = (self.test_train if of_rows else self.train)[np.ix_(own, other)]
-        return (values, np.empty((*values.shape, 0))) if eval_gradient else values
+                    values[at] = (self._test_train if of_rows else self._train)[np.ix_(own, other)]
+        return (_finite(values), np.empty((*values.shape, 0))) if eval_gradient else _finite(values)
 
     def _of_tests(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> FloatArray:
         blocks = self._blocks()
@@ -147,10 +175,10 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
 
     def _blocks(self) -> FloatArray:
         """S x S blocks of test samples, checked."""
-        num_rows = 0 if self.test_train is None else self.test_train.shape[0]
+        num_rows = 0 if self.test_train is None else self._test_train.shape[0]
         if self.test_diagonal is None:
             raise ConfigError(f"{self!r} has no test_diagonal, which variances of predictions need; give it")
-        blocks = np.asarray(self.test_diagonal, np.float64)
+        blocks = as_real("test_diagonal", self.test_diagonal)
         blocks = blocks.reshape(-1, 1, 1) if blocks.ndim == 1 else blocks
         if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2] or blocks.shape[0] * blocks.shape[1] != num_rows:
             raise ConfigError(
@@ -161,13 +189,13 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
 
     def diag(self, X: ArrayLike) -> FloatArray:  # noqa: N803
         """Each of rows ``X``, numbers (a, 1), with itself, (a,), by the diagonal tiles; raises as the class says."""
-        rows, size = self._numbers(X), self.train.shape[0]
+        rows, size = self._numbers(X), self._train.shape[0]
         values, trains = np.empty(rows.size), rows < size
-        values[trains] = self.train[rows[trains], rows[trains]]
+        values[trains] = self._train[rows[trains], rows[trains]]
         if not np.all(trains):
             diagonal = np.diagonal(self._blocks(), axis1=1, axis2=2).ravel()
             values[~trains] = diagonal[rows[~trains] - size]
-        return values
+        return _finite(values)
 
     def is_stationary(self) -> bool:
         """Whether the kernel depends on differences of inputs alone: row numbers say nothing of that."""
@@ -176,7 +204,7 @@ class PrecomputedKernel(GaussianProcessKernel):  # type: ignore[misc]
     def _numbers(self, inputs: ArrayLike) -> NDArray[np.int64]:
         """Row numbers of inputs, (a,)."""
         given = np.asarray(inputs)
-        limit = self.train.shape[0] + (0 if self.test_train is None else self.test_train.shape[0])
+        limit = self._train.shape[0] + (0 if self.test_train is None else self._test_train.shape[0])
         if given.ndim != 2 or given.shape[1] != 1 or given.dtype.kind not in "iuf":
             raise ConfigError(
                 f"inputs of shape {given.shape} and dtype {given.dtype}; needed row numbers as one column, such as "

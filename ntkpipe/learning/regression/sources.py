@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.config import RidgeScale, absolute_ridges
 from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.given import as_real, dtype_of, is_in_slices, read_slices, real_dtype, require_opened
 from ntkpipe.base.operator import Operator, Work, digest_of
 from ntkpipe.base.targets import Targets, Task, as_rows, as_samples, as_values, encode, encode_test
 from ntkpipe.solvers.checkpoint import Stages
@@ -22,6 +23,7 @@ from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelSet, KernelStore
 from ntkpipe.store.results import Checkpoint
 
+_NAME = "the test kernel"
 # Size of a part of a test kernel in float64.
 _BYTES_AT_ONCE = 2**24
 
@@ -60,7 +62,8 @@ def train_targets(operator: Operator, targets: Any, initial: Any | None, task: T
     """Encode targets for a kernel, centred at initial outputs if there are any."""
     values = as_values(targets)
     width = _width_of(operator, len(values) if values.ndim else 0)
-    columns = np.shape(initial)[1] if initial is not None and np.ndim(initial) == 2 else None
+    initial = None if initial is None else as_real("initial_outputs", initial)
+    columns = initial.shape[1] if initial is not None and initial.ndim == 2 else None
     found = encode(targets, num_outputs=width if width > 1 else columns, task=task)
     matrix = found.matrix if initial is None else found.matrix - initial_matrix(initial, found.matrix.shape)
     return TrainTargets(found, width, as_rows(matrix, width), initial is not None)
@@ -80,11 +83,11 @@ def _width_of(operator: Operator, num_samples: int) -> int:
 
 def initial_matrix(initial: Any, shape: tuple[int, ...]) -> FloatArray:
     """Initial outputs f₀ of samples as a checked matrix, (N, O)."""
-    values = np.asarray(initial, np.float64)
+    values = as_real("initial_outputs", initial).astype(np.float64, copy=False)
     if values.ndim == 1:
         values = values[:, None]
     if values.shape != shape:
-        raise ConfigError(f"initial_outputs of shape {np.shape(initial)}; needed {shape}, as targets have")
+        raise ConfigError(f"initial_outputs of shape {values.shape}; needed {shape}, as targets have")
     if not np.isfinite(values).all():
         raise NonFiniteError("initial_outputs hold NaN or infinity")
     return values
@@ -110,18 +113,30 @@ class CrossKernel:
     """A test × train kernel that is read in parts, one of which is in memory at a time."""
 
     def __init__(self, matrix: Any, num_columns: int, width: int) -> None:
-        self._matrix = matrix if isinstance(matrix, Kernel) or hasattr(matrix, "shape") else np.asarray(matrix)
+        if isinstance(matrix, KernelSet):
+            matrix = matrix.test_train
+        require_opened(_NAME, matrix)
+        self._matrix = matrix if is_in_slices(matrix) else as_real(_NAME, matrix)
         shape = tuple(self._matrix.shape)
+        real_dtype(_NAME, shape, dtype_of(self._matrix))
         if len(shape) != 2 or shape[1] != num_columns or not shape[0] or shape[0] % width:
             samples = f", {width} rows a sample" if width > 1 else ""
+            turned = "; is it train × test? Then give its transpose" if shape[:1] == (num_columns,) else ""
             raise ConfigError(
                 f"a test kernel of shape {shape}; needed (test rows, {num_columns}), a column for each row of the "
-                f"train kernel{samples}"
+                f"train kernel{samples}{turned}"
             )
         self.num_rows = shape[0]
         self.num_samples = shape[0] // width
         self._num_columns = num_columns
         self._width = width
+
+    @property
+    def identity(self) -> str:
+        """What results call it: a stored kernel by its entries."""
+        if isinstance(self._matrix, Kernel):
+            return self._matrix.identity
+        return f"array of shape {(self.num_rows, self._num_columns)}"
 
     def times(self, block: FloatArray) -> FloatArray:
         """``K_test @ block`` in float64, block (N·S, c); one read of the whole."""
@@ -139,12 +154,17 @@ class CrossKernel:
         fitting = max(1, _BYTES_AT_ONCE // (8 * self._num_columns * self._width))
         for samples in runs(self.num_samples, max(1, min(fitting, most_samples))):
             rows = slice(samples.start * self._width, samples.stop * self._width)
-            yield samples, _finite(np.asarray(self._matrix[rows, :], np.float64), rows)
+            yield samples, _finite(self._read(rows), rows)
+
+    def _read(self, rows: slice) -> FloatArray:
+        if isinstance(self._matrix, np.ndarray | Kernel) and not isinstance(self._matrix, np.memmap):
+            return np.asarray(self._matrix[rows, :], np.float64)
+        return as_real(_NAME, read_slices(_NAME, self._matrix, rows, slice(0, self._num_columns))).astype(np.float64)
 
     def _parts(self) -> Iterator[tuple[slice, slice, FloatArray]]:
         if not isinstance(self._matrix, Kernel):
             for rows in runs(self.num_rows, max(1, _BYTES_AT_ONCE // (8 * self._num_columns))):
-                yield rows, slice(None), np.asarray(self._matrix[rows], np.float64)
+                yield rows, slice(None), self._read(rows)
             return
         of_rows, of_columns = self._matrix.grid.rows, self._matrix.grid.columns
         for row, column in product(range(of_rows.num_tiles), range(of_columns.num_tiles)):

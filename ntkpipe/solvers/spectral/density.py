@@ -148,7 +148,8 @@ def density(
     counting = _Counting(operator, options, values, vectors)
     spliced = None if vectors is None else digest_of(vectors)
     counting.run(before, monitor, checkpoint, function="density", probes=num_probes, seed=seed, top=spliced)
-    status, message, resolved = _judge(counting.counts, n, tol, counting.limit)
+    is_exhausted = bool(counting.lanczos.ended.all())
+    status, message, resolved = _judge(counting.counts, n, tol, counting.limit, is_exhausted=is_exhausted)
     return Density(
         status=status,
         message=message,
@@ -206,9 +207,11 @@ def _count(rule: QuadratureRule, exact: FloatArray, num_rows: int, thresholds: F
     )
 
 
-def _judge(counts: Counts, num_rows: int, tol: float, limit: str) -> tuple[Status, str, float]:
+def _judge(counts: Counts, num_rows: int, tol: float, limit: str, *, is_exhausted: bool) -> tuple[Status, str, float]:
     """Status, message, and the λ from which counts are accurate enough."""
     errors = (counts.standard_errors + counts.truncation_errors) / num_rows
+    if is_exhausted and len(errors) > 1:
+        errors[-1] = 0.0  # at the largest eigenvalue, which is known then: rounding decides whether it is above itself
     bad = np.flatnonzero(errors > tol)
     if not len(bad):
         said = f"counts are right to {errors.max():.2g} n, one standard error and truncation together"

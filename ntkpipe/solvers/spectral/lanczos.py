@@ -21,6 +21,7 @@ from ntkpipe.store.results import Checkpoint, as_integer, as_number, as_numbers
 
 _EPS = float(np.finfo(np.float64).eps)
 _ROUNDING = 50 * _EPS  # of products in float64, relative to the largest eigenvalue: no residual need be smaller
+_DEFAULT_K = 100
 _MOST_PASSES = 200
 _CONFIDENCE = 0.95  # predicted residuals must be below this part of the limit: a check that fails costs a pass
 _MOST_FAILURES = 3  # after so many failed checks in a row that did not halve the residual, more passes are no use
@@ -30,7 +31,7 @@ _MOST_FAILURES = 3  # after so many failed checks in a row that did not halve th
 @single_threaded_blas()
 def eigsh(
     matrix: Any,
-    k: int = 100,
+    k: int | None = None,
     *,
     tol: float = 1e-6,
     block: int | None = None,
@@ -57,7 +58,7 @@ def eigsh(
     Parameters
     ----------
     k
-        Number of eigenpairs, up to n.
+        Number of eigenpairs, up to n; default 100, or n if that is less.
     tol
         Relative residual of each pair.
     block
@@ -74,7 +75,7 @@ def eigsh(
     """
     operator: Operator = matrix
     n, passes = operator.num_rows, _MOST_PASSES if max_passes is None else max_passes
-    check_number("k", k, low=1, high=n)
+    k = min(_DEFAULT_K, n) if k is None else int(check_number("k", k, low=1, high=n))
     check_number("tol", tol, low=0.0, high=1.0)
     width, most = sizes_of_eigsh(n, k, block, max_basis)
     check_number("block", width, low=1)

@@ -177,7 +177,10 @@ class _Sampling(Sampler):
         self._preconditioner, self._shifted = preconditioner, operator.shifted(ridge)
         floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())
         self.scale, self.known = (1.0, 0.0) if preconditioner is None else (preconditioner.mu, preconditioner.logdet())
-        self._floor, end = floor / self.scale, (ridge - floor) / self.scale
+        # P is μ at least, and more where F has all columns.
+        is_full = preconditioner is not None and preconditioner.rank == preconditioner.num_rows
+        least = self.scale + float(preconditioner.values.min()) if preconditioner and is_full else self.scale
+        self._floor, end = floor / least, (ridge - floor) / self.scale
         self._end = end if preconditioner is None else min(end, 1.0)
 
     def _multiply(self, block: FloatArray) -> FloatArray:
