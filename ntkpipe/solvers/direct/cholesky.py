@@ -32,7 +32,7 @@ from ntkpipe.solvers.direct.panels import (
     widest_shape,
 )
 from ntkpipe.solvers.direct.triangular import ROWS_OF_THREAD, NotPositiveError, factor_in_place
-from ntkpipe.solvers.probe_lanczos import lowest_eigenvalue
+from ntkpipe.solvers.probe_lanczos import lowest_eigenvalue, ridge_of_solves
 from ntkpipe.solvers.result import Monitor, Step, ignore, recorded
 
 _MOST_JITTERS = 5
@@ -98,6 +98,14 @@ def cholesky(
     with _opened(task, path):
         (_factor_with_jitter if jitter == "auto" else _factor)(task)
     return _result(task)
+
+
+def factor_for_solves(operator: Operator, ridge: float, tol: float, **how: Any) -> CholeskyFactor:
+    """The factor; an error advises a ridge with which systems are solved to ``tol``, too."""
+    try:
+        return cholesky(operator, ridge=ridge, **how)
+    except IndefiniteError as error:
+        raise error.advising(ridge_of_solves(operator, tol)) from None
 
 
 def bytes_of_cholesky(num_rows: int) -> int:
@@ -265,13 +273,15 @@ def _indefinite_error(task: _Task, number: int, error: NotPositiveError) -> Inde
     lowest = lowest_eigenvalue(task.operator)
     # At least twice what was added and does not do, should the estimate be wrong.
     ridge, floor = lowest.ridge(2.0 * (state.ridge + state.jitter)), lowest.floor
-    message = (
+    found = (
         f"with {added} the leading {row + 1:,} rows are not positive definite: pivot {error.pivot:.4g} in row {row:,}, "
-        f"panel {number + 1} of {state.shape.num_panels}; {lowest.words}. Give a ridge of at least {ridge:.2g}"
+        f"panel {number + 1} of {state.shape.num_panels}; {lowest.words}"
     )
+    otherwise = ""
     if state.jitter == 0.0 and ridge <= floor * _JITTER_FACTOR ** (_MOST_JITTERS - 1):
-        message += ", or jitter='auto', which adds the storage floor to the diagonal, or some of them, and says so"
-    return IndefiniteError(message, row=row + 1, pivot=error.pivot, floor=floor, ridge=ridge)
+        otherwise = ", or jitter='auto', which adds the storage floor to the diagonal, or some of them, and says so"
+    about = {"row": row + 1, "pivot": error.pivot, "floor": floor, "ridge": ridge}
+    return IndefiniteError(found, **about, otherwise=otherwise)
 
 
 def _stored_state(task: _Task, folder: FactorFolder) -> FactorState:
