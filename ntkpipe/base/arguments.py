@@ -14,6 +14,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from ntkpipe.base.config import Budget, plain_value
 from ntkpipe.base.errors import ArgumentError, ConfigError
 
 P = ParamSpec("P")
@@ -64,8 +65,10 @@ class Option:
         """The value, numpy's converted to Python's; raises ConfigError for one of another type."""
         if value is self.default or (self.is_open and not isinstance(value, _VALUES)):
             return value
-        plain = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
-        plain = list(plain) if isinstance(plain, range) else plain
+        if self.name == "memory_limit":
+            Budget.of(value)
+            return value
+        plain = plain_value(value)
         try:
             found = _adapter(self.annotation).validate_python(plain)
         except ValidationError:

@@ -45,8 +45,8 @@ class IndefiniteError(NtkpipeError, LinAlgError):
 
     def advising(self, least: float, otherwise: str = "") -> "IndefiniteError":
         """The same for a caller that needs at least this ridge, and can do this otherwise."""
-        about = {"row": self.row, "pivot": self.pivot, "floor": self.floor, "otherwise": otherwise}
-        return IndefiniteError(self.found, ridge=max(self.ridge, least), **about)
+        row, pivot, floor, ridge = self.row, self.pivot, self.floor, max(self.ridge, least)
+        return IndefiniteError(self.found, row=row, pivot=pivot, floor=floor, ridge=ridge, otherwise=otherwise)
 
 
 class ResourceError(MemoryError, NtkpipeError):  # in this order, since Dask creates it by the first base's ``__new__``

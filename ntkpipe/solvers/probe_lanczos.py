@@ -229,7 +229,7 @@ def explained_by_rounding(operator: Operator, size: float) -> float:
     largest, n, info = float(np.abs(operator.diagonal()).max()), operator.num_rows, np.finfo(operator.storage_dtype)
     of_row = float(info.eps) / 4 * ((operator.frobenius() * largest) ** 0.5 + largest)
     of_denormals = float(info.smallest_subnormal) * n**0.5 if size else 0.0
-    return max(operator.storage_floor(), of_row, of_denormals) + n * _EPS * size
+    return float(max(operator.storage_floor(), of_row, of_denormals) + n * _EPS * size)
 
 
 def ridge_of_solves(operator: Operator, tol: float) -> float:
@@ -254,7 +254,7 @@ def lowest_eigenvalue(operator: Operator, known: FloatArray | None = None) -> Lo
     return Lowest(most + shift, least + shift, base.storage_floor(), explained, rounding, str(base.storage_dtype))
 
 
-def _ends(values: FloatArray) -> tuple[float, float, float]:
+def _ends(values: NDArray[Any]) -> tuple[float, float, float]:
     least = float(values.min())
     return least, least, float(np.abs(values).max())
 

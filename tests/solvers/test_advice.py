@@ -133,13 +133,10 @@ def test_advice_that_is_followed_works(by, name, n):
 def test_rounding_alone_is_never_called_indefinite(name, seed):
     for n in (3, 40):
         kernel = SINGULAR[name](n, seed)
-        try:
-            ntkpipe.cholesky(kernel)
-        except IndefiniteError as error:
-            assert "not positive semi-definite" not in str(error)
-            assert np.isfinite(ntkpipe.cholesky(kernel, ridge=error.ridge).logdet)
-            if "jitter" in str(error):
-                assert ntkpipe.cholesky(kernel, jitter="auto").jitter > 0.0
+        words = said(CALLS["cholesky"], kernel, None)
+        assert "not positive semi-definite" not in words
+        if "jitter" in words:
+            assert ntkpipe.cholesky(kernel, jitter="auto").jitter > 0.0
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -217,10 +217,8 @@ class _Sampling(Sampler):
             lowest = lowest_eigenvalue(self._operator)
             ridge = lowest.ridge(max(4.0 * self._floor * self.scale, 2.0 * self._ridge))
             why += f", so the logarithm is not known; of K {lowest.words}"
-            return (
-                "indefinite at storage precision",
-                f"{why}. Give a larger ridge, an absolute one of at least {ridge:.2g}",
-            )
+            why += f". Give a larger ridge, an absolute one of at least {ridge:.2g}"
+            return "indefinite at storage precision", why
         wanted = self._tol * self._operator.num_rows
         error = (self.standard_error + self.truncation) / self._operator.num_rows
         said = f"the errors add up to {error:.2g} n"
