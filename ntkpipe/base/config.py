@@ -55,7 +55,7 @@ def require_folders(groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, 
 
 
 _UNITS = TypeAdapter(ByteSize)
-_OF_BYTES = "needed a number of bytes above zero, or text such as '8GiB'"
+_OF_BYTES = "needed a number of bytes, or text such as 8GiB"
 
 
 def _as_bytes(value: object) -> int:
@@ -67,7 +67,7 @@ def _as_bytes(value: object) -> int:
         except ValueError:
             with contextlib.suppress(ValidationError):
                 plain = int(_UNITS.validate_python(plain))
-    if isinstance(plain, bool) or not isinstance(plain, int | float) or not 1 <= plain < math.inf:
+    if isinstance(plain, bool) or not isinstance(plain, int | float) or not 1 <= plain < 2**63:
         raise ValueError(_OF_BYTES)
     return int(plain)
 

@@ -142,7 +142,10 @@ def dynamics(
     encoded, columns, shape = as_targets(targets, operator, task)
     if initial_outputs is not None:
         columns = columns - _initial(initial_outputs, np.shape(targets), encoded, operator.num_rows)
-    wanted = np.array(times, np.float64)
+    try:
+        wanted = np.array(times, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        wanted = np.zeros(0)
     if wanted.ndim != 1 or not len(wanted) or not (wanted >= 0).all():
         raise ConfigError(f"times={times!r}; needed one or more numbers of at least 0, math.inf among them if wanted")
     check_number("tol", tol, low=1e-14, high=1.0)
