@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, require_bounded
 from ntkpipe.base.config import Budget, MemoryLimit, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
@@ -152,6 +152,8 @@ def dynamics(
     check_number("max_passes", max_passes, low=1)
     if learning_rate is not None and not 0 < learning_rate < math.inf:
         raise ConfigError(f"learning_rate={learning_rate!r}; needed a positive number")
+    require_bounded("times", np.where(np.isinf(wanted), 0.0, wanted))
+    require_bounded("learning_rate", np.array([learning_rate or 1.0]))
     most = steps_that_fit(operator.num_rows, columns.shape[1] + 1, max_passes, Budget.of(memory_limit))
     training = _Training(operator, columns, wanted, learning_rate, tol, most, seed)
     of_rate = seed if learning_rate is None else None
@@ -394,5 +396,5 @@ def _initial(initial_outputs: ArrayLike, shape: tuple[int, ...], encoded: Target
     needed = (len(encoded.matrix),) if encoded.is_flat else encoded.matrix.shape
     if np.shape(initial_outputs) not in {needed, shape if encoded.classes is None else needed}:
         raise ConfigError(f"initial_outputs of shape {np.shape(initial_outputs)}; needed {needed}, as targets have")
-    block = as_block("initial_outputs", initial_outputs, len(encoded.matrix))
+    block = require_bounded("initial_outputs", as_block("initial_outputs", initial_outputs, len(encoded.matrix)))
     return block.reshape(num_rows, -1)

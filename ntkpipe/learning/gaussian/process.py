@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, require_bounded
 from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge, check_number
-from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
@@ -231,6 +231,4 @@ def _prior_covariance(diagonal: Any, shape: tuple[int, int, int]) -> FloatArray:
     blocks = np.asarray(diagonal, np.float64)
     if blocks.shape != shape and not (shape[1] == 1 and blocks.shape == shape[:1]):
         raise ConfigError(f"test_diagonal of shape {blocks.shape}; needed {shape}, such as store.test_diagonal")
-    if not np.isfinite(blocks).all():
-        raise NonFiniteError("test_diagonal holds NaN or infinity")
-    return blocks.reshape(shape)
+    return require_bounded("test_diagonal", blocks).reshape(shape)

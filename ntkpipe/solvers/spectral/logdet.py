@@ -226,7 +226,7 @@ class _Sampling(Sampler):
             advice = f"{self.limit} ended it; give more steps or a preconditioner"
             return "step limit", f"{said}, most of it truncation: {advice}"
         if error > self._tol:
-            factor = (self.standard_error / max(wanted - self.truncation, 1e-3 * wanted + 1e-300)) ** 2
+            factor = min(self.standard_error / max(wanted - self.truncation, 1e-3 * wanted + 1e-300), 1e150) ** 2
             return (
                 "not converged",
                 f"{said}, most of it Monte-Carlo error; give {max(factor, 1.1):.2g} times the probes",
