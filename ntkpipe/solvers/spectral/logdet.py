@@ -304,8 +304,8 @@ def logdet(
     least = rounded_up(operator.storage_floor() * max(4.0 / (_MOST_ERROR * operator.num_rows), 16.0))
     try:
         factor = cholesky(operator, **common, jitter=jitter, path=path, monitor=monitor)
-    except IndefiniteError as error:
-        advised = error.advising(least, error.otherwise)
+    except IndefiniteError as refused:
+        advised = refused.advising(least, refused.otherwise)
         raise advised from None
     error, status, message = factor.logdet_error(), factor.status, factor.message
     if error > _MOST_ERROR * operator.num_rows:
