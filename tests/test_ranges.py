@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from matrices import matrix_with_spectrum, power_law
 
@@ -224,3 +225,119 @@ def test_nothing_but_errors_of_ours(tmp_path):
             with pytest.raises(NtkpipeError):
                 raise outcome(call, np.diag(np.full(5, entry)), TARGETS[:5], RIDGE)
             assert name
+
+
+TEST_KERNEL, DIAGONAL = MATRIX[:3], MATRIX.diagonal()[:3]
+POSTERIOR = ntkpipe.gaussian_process(MATRIX, TARGETS, ridge=0.1, test_kernel=TEST_KERNEL, test_diagonal=DIAGONAL)
+# Other numbers than kernels, ridges and targets: name → (power of their scale that the result has, the call).
+BESIDE = {
+    "initial": (0, lambda s: ntkpipe.solve(MATRIX, TARGETS, ridge=0.1, method="pcg", initial=s * TARGETS).coefficients),
+    "outputs": (
+        0,
+        lambda s: ntkpipe.dynamics(MATRIX, TARGETS, times=[1.0], initial_outputs=0 * TARGETS + s).losses / s,
+    ),
+    "times": (0, lambda s: ntkpipe.dynamics(MATRIX, TARGETS, times=[s], learning_rate=1.0).losses * 0.0),
+    "rates": (0, lambda s: ntkpipe.dynamics(MATRIX, TARGETS, times=[1.0], learning_rate=s).losses * 0.0),
+    "test kernel": (
+        1,
+        lambda s: (
+            ntkpipe.gaussian_process(
+                MATRIX, TARGETS, ridge=0.1, test_kernel=s * TEST_KERNEL, test_diagonal=DIAGONAL
+            ).mean
+        ),
+    ),
+    "test diagonal": (
+        0,
+        lambda s: (
+            ntkpipe.gaussian_process(
+                MATRIX, TARGETS, ridge=0.1, test_kernel=TEST_KERNEL, test_diagonal=s * DIAGONAL
+            ).mean
+        ),
+    ),
+    "predictions": (1, lambda s: KernelRegression(ridge=0.1).fit(MATRIX, TARGETS).predict(s * TEST_KERNEL)),
+    "influence": (1, lambda s: ntkpipe.influence(TARGETS, s * TEST_KERNEL).top_terms),
+    "held out": (
+        0,
+        lambda s: (
+            ntkpipe.ridge_path(
+                MATRIX, TARGETS, ridges=[0.1], test_kernel=s * TEST_KERNEL, test_targets=TARGETS[:3]
+            ).leave_one_out_loss
+        ),
+    ),
+    "compared": (0, lambda s: ntkpipe.compare_kernels(MATRIX, s * MATRIX).alignment),
+    "aligned": (0, lambda s: ntkpipe.compare_kernels(s * MATRIX, MATRIX).centred_alignment),
+    "tol of pcg": (0, lambda s: ntkpipe.solve(MATRIX, TARGETS, ridge=1.0, method="pcg", tol=min(s, 1e-6)).coefficients),
+    "tol of slq": (0, lambda s: ntkpipe.slq_logdet(MATRIX, ridge=1.0, tol=min(s, 0.1)).standard_error),
+}
+
+
+@pytest.mark.parametrize("power", [-1000, -700, -500, -300, -190, 190, 300, 500, 700, 1000])
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_goes_beside_a_kernel(name, power):
+    """Right, or refused in words that name it; nothing overflows inside."""
+    of_scale, call = BESIDE[name]
+    scale = 2.0**power
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            found = np.asarray(call(scale), np.float64)
+        except ConfigError as refusal:
+            assert abs(power) > 200
+            assert re.search(r"; needed (at most )?\S+", str(refusal)), refusal  # noqa: PT017
+            return
+        wanted = np.asarray(call(1.0), np.float64)
+    if name == "outputs":  # far from the targets, these do not matter
+        wanted = found if power > 0 or power < -20 else wanted
+        assert np.isfinite(found).all()
+    np.testing.assert_allclose(found * 2.0 ** (-of_scale * power), wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.int32, np.uint8, bool, np.longdouble, ">f8", ">f4"])
+def test_matrices_of_every_real_dtype(dtype):
+    matrix = np.round(np.abs(MATRIX) * 200 + 5 * np.eye(N)).astype(dtype)
+    exact = matrix.astype(np.float64)
+    np.testing.assert_allclose(ntkpipe.eigvalsh(matrix).eigenvalues, np.linalg.eigvalsh(exact)[::-1], atol=1e-10)
+    found = ntkpipe.solve(matrix, TARGETS, ridge=300.0, tol=1e-10).coefficients
+    np.testing.assert_allclose(found, np.linalg.solve(exact + 300.0 * np.eye(N), TARGETS), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [(1e-30, 1.0), (1.0, 1e28), (1e-28, 1e28), (1e-90, 1.0), (1e-200, 1.0)])
+def test_rows_of_very_different_size(sizes):
+    """D K D: the factor of a definite matrix does not care for its scaling."""
+    scale = np.ones(N)
+    scale[0], scale[-1] = sizes
+    definite = MATRIX + 0.1 * np.eye(N)
+    matrix = scale[:, None] * definite * scale
+    top = np.abs(matrix).max()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        factor = ntkpipe.cholesky(matrix) if min(sizes) > 1e-150 else ntkpipe.cholesky(matrix, ridge=0.1)
+        leading = ntkpipe.eigsh(matrix, 1).eigenvalues[0]
+    assert leading == pytest.approx(np.linalg.eigvalsh(matrix / top)[-1] * top, rel=1e-9)
+    if min(sizes) > 1e-150:
+        wanted = np.linalg.slogdet(definite)[1] + 2 * np.log(scale).sum()
+        assert factor.logdet == pytest.approx(wanted, rel=1e-9)
+
+
+def test_columns_of_very_different_size():
+    sizes = np.array([1e-70, 1e70])
+    exact = np.linalg.solve(MATRIX + 0.1 * np.eye(N), TARGETS)
+    for method in ("cholesky", "pcg", "block_cg", "eigh"):
+        found = ntkpipe.solve(MATRIX, TARGETS * sizes, ridge=0.1, method=method, tol=1e-10).coefficients / sizes
+        np.testing.assert_allclose(found, exact, rtol=1e-7, atol=1e-8 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-18, 1e18, 1e30])
+def test_models_whose_kernels_leave_float32(factor):
+    """Entries are the square of the scale: refused where they overflow, exact where float64 is asked for."""
+    model = torch.nn.Linear(3, 1, bias=False).eval()
+    inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    given = (inputs * factor).float().double()
+    found = ntkpipe.kernel_matrix(model, given.float(), compute_dtype="float64")
+    np.testing.assert_allclose(
+        found / factor**2, ((given / factor) @ (given / factor).T).numpy(), rtol=1e-12, atol=1e-12
+    )
+    if factor > 1e20:
+        with pytest.raises(NtkpipeError):
+            ntkpipe.kernel_matrix(model, given.float())

@@ -276,7 +276,7 @@ def learning_curve(
     train = train_targets(operator, targets, None, task)
     rows, width, count = train.rhs, train.width, operator.num_rows // train.width
     numbers = _sizes(sizes, count)
-    check_number("num_subsets", num_subsets, low=2)
+    check_number("num_subsets", num_subsets, low=2, high=10**6)
     shifts, options = ridges_for(_DEFAULT_RIDGES, ridges, ridge_scale, operator)
     system, _ = all_eigenpairs(operator, eigenpairs, Budget.of(memory_limit), "exact", monitor)
     assert system is not None

@@ -1,5 +1,6 @@
 """Arguments of public functions: checked by the annotations of parameters, and described once where many share them."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from ntkpipe.base.config import Budget, plain_value
 from ntkpipe.base.errors import ArgumentError, ConfigError
 
 P = ParamSpec("P")
@@ -23,6 +25,7 @@ _NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "tex
 _PLURALS = {int: "integers", float: "numbers", str: "texts"}
 _VALUES = (bool, int, float, str, Path, list, tuple, dict, np.generic, np.ndarray, NoneType, range, set, complex, bytes)
 _STRICT = ConfigDict(strict=True)
+_MOST = 2**31 - 1  # of rows, passes, threads; more is a mistake, and arrays of such sizes fail with errors of others
 
 
 def plain_part(annotation: Any) -> Any:
@@ -62,17 +65,33 @@ class Option:
 
     def check(self, value: Any, where: str) -> Any:
         """The value, numpy's converted to Python's; raises ConfigError for one of another type."""
-        if value is self.default or (self.is_open and not isinstance(value, _VALUES)):
+        if self.name == "memory_limit":
+            Budget.of(value)
             return value
-        plain = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
-        plain = list(plain) if isinstance(plain, range) else plain
+        plain = value if value is self.default else plain_value(value)
+        if value is self.default or (self.is_open and not isinstance(plain, _VALUES)):
+            return value
         try:
             found = _adapter(self.annotation).validate_python(plain)
         except ValidationError:
             raise ConfigError(f"{where}: {self.name}={plain!r}; needed {describe(self.annotation)}") from None
-        if self.name == "seed" and found is not None and found < 0:
-            raise ConfigError(f"{where}: seed={found}; needed an integer from 0 on")
+        for number in found if isinstance(found, list | tuple) else (found,):
+            self._require_range(number, where)
         return found
+
+    def _require_range(self, number: Any, where: str) -> None:
+        """Integers but seeds are counts, and other numbers are not negative; where less will do, functions say so."""
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            return
+        is_count = isinstance(number, int) and float not in _types_of(self.annotation)
+        low, high = (1 if is_count else 0), (_MOST if is_count else math.inf)
+        if self.name == "seed":
+            low, high = 0, math.inf
+        is_finite = self.name == "times" or is_count or number < math.inf
+        if not (low <= number <= high and is_finite):
+            kind = "an integer" if is_count else "a finite number"
+            above = f"to {high}" if number > high else "on"
+            raise ConfigError(f"{where}: {self.name}={number}; needed {kind} from {low} {above}")
 
     def read(self, text: str) -> Any:
         """The value that text on a command line stands for; the parts of a list have commas between them."""
@@ -106,6 +125,12 @@ def options_of(function: Callable[..., Any]) -> Mapping[str, Option]:
 def check_options(options: Mapping[str, Option], given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The given values, those of options checked."""
     return {name: options[name].check(value, where) if name in options else value for name, value in given.items()}
+
+
+def _types_of(annotation: Any) -> set[Any]:
+    """The plain types in an annotation, those of lists included."""
+    members = get_args(annotation) if get_origin(annotation) is not Literal else ()
+    return {annotation}.union(*map(_types_of, members)) if members else {annotation}
 
 
 @cache

@@ -16,6 +16,7 @@ FloatArray = NDArray[np.float64]
 SMALLEST, LARGEST = 2.0**-200, 2.0**200
 # What ridges and the largest target may be, if not zero: they may be far below the matrix.
 _LEAST, _MOST = 2.0**-256, 2.0**256
+_BOUND = 2.0**400  # what outputs may be, and test kernels: their squares can be added
 _UP, _DOWN = 2.0**600, 2.0**-600
 _UNDERFLOW = 1e-250  # digits of sums of squares below it may be lost
 
@@ -59,6 +60,17 @@ def require_range(name: str, size: float) -> float:
             "leave the range of float64: use other units"
         )
     return size
+
+
+def require_bounded(name: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Refuse arrays with NaN, infinity, or numbers that are too large; they may be as small as they like."""
+    size = float(np.abs(values).max(initial=0.0))
+    if not math.isfinite(size):
+        raise NonFiniteError(f"{name} holds NaN or infinity")
+    if size > _BOUND:
+        what = "since sums of squares of larger ones leave the range of float64: use other units"
+        raise ConfigError(f"{name} of up to {size:.3g}; needed at most {_BOUND:.2g}, {what}")
+    return values
 
 
 def power_of_two(size: float) -> float:

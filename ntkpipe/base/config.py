@@ -1,5 +1,6 @@
 """Settings: frozen, validated specs of a run, from YAML workflow files or the API; checks of options; budgets."""
 
+import contextlib
 import math
 import operator
 import re
@@ -53,8 +54,25 @@ def require_folders(groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, 
     return groups
 
 
-Bytes = Annotated[ByteSize, Field(gt=0)]
-_BYTES = TypeAdapter(Bytes)
+_UNITS = TypeAdapter(ByteSize)
+_OF_BYTES = "needed a number of bytes, or text such as 8GiB"
+
+
+def _as_bytes(value: object) -> int:
+    """The number of bytes that a number or text stands for; raises ValueError."""
+    plain = plain_value(value)
+    if isinstance(plain, str):
+        try:
+            plain = float(plain)
+        except ValueError:
+            with contextlib.suppress(ValidationError):
+                plain = int(_UNITS.validate_python(plain))
+    if isinstance(plain, bool) or not isinstance(plain, int | float) or not 1 <= plain < 2**63:
+        raise ValueError(_OF_BYTES)
+    return int(plain)
+
+
+Bytes = Annotated[int, BeforeValidator(_as_bytes)]
 
 
 class Spec(BaseModel):
@@ -260,6 +278,8 @@ def _problem(item: Any, spec: type[Spec], source: str, tree: yaml.Node | None) -
         return f"{where}: unknown key {name!r}; the nearest known key is {close!r} (known: {', '.join(known)})"
     if item["type"] == "missing":
         return f"{where}: {name!r} is missing"
+    if item["type"] == "value_error":
+        return f"{where}: {name}={item['input']!r}; {item['ctx']['error']}"
     return f"{where}: {name}={item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
 
 
@@ -288,11 +308,18 @@ def _line_of(node: yaml.Node | None, location: Sequence[int | str]) -> int | Non
     return line
 
 
+def plain_value(value: Any) -> Any:
+    """Numbers and arrays of other libraries as Python's numbers and lists, also those in a list."""
+    if hasattr(value, "tolist") and hasattr(value, "ndim"):
+        return value.tolist()
+    return [plain_value(one) for one in value] if isinstance(value, list | tuple | range) else value
+
+
 def check_number(name: str, value: float, *, low: float, high: float = math.inf) -> float:
-    """Return ``value`` if ``low <= value <= high``, else raise ConfigError."""
-    # Comparing a NumPy float32 with the largest float64 would overflow.
-    number: float = value.item() if hasattr(value, "item") else value
-    if not low <= number <= high:
+    """Return ``value`` as Python's number if ``low <= value <= high``, else raise ConfigError."""
+    number: float = plain_value(value)
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if not is_number or not low <= number <= high:
         raise ConfigError(f"{name}={number!r}; needed a number from {low} to {high}")
     return number
 
@@ -324,7 +351,7 @@ def absolute_ridges(
 
 
 # Of callers: bytes, text such as "8GiB", or what is left of another call's; None for a share of what is free.
-MemoryLimit = Union[int, str, "Budget", None]
+MemoryLimit = Union[int, float, str, "Budget", None]
 
 _NOISE_BYTES = 2**24  # of a process beside the arrays that are counted
 
@@ -341,9 +368,9 @@ class Budget:
         if given is None or isinstance(given, Budget):
             return given or cls()
         try:
-            return cls(int(_BYTES.validate_python(str(given) if isinstance(given, bool) else given)))
-        except ValidationError:
-            raise ConfigError(f"memory_limit={given!r}; needed a number of bytes, or text such as 8GiB") from None
+            return cls(_as_bytes(given))
+        except ValueError as error:
+            raise ConfigError(f"memory_limit={given!r}; {error}") from None
 
     def room(self, share: float = 0.5) -> int:
         """Bytes left, negative if the limit is exceeded; without a limit this share of the available memory."""
@@ -367,4 +394,13 @@ class Budget:
         """Raise ResourceError with both numbers unless so many bytes are left."""
         if num_bytes > (room := self.room(share)):
             found = f"{what} takes {format_bytes(num_bytes)}, and {format_bytes(max(0, room))} may be used"
-            raise ResourceError(f"{found}; {advice}")
+            is_full = self.limit is not None and room <= 0
+            raise ResourceError(f"{found}; {exceeded(self.limit or 0, process_memory()) if is_full else advice}")
+
+
+def exceeded(limit: int, used: int) -> str:
+    """What every refusal says where a process has more than its limit before it begins."""
+    return (
+        f"this process alone has {format_bytes(used)}, and memory_limit={format_bytes(limit)} counts all of it, Python "
+        "and libraries included; give a larger memory_limit, or none for a share of what is free"
+    )

@@ -36,11 +36,17 @@ class SelfCheckError(NtkpipeError, ArithmeticError):
 
 
 class IndefiniteError(NtkpipeError, LinAlgError):
-    """A matrix that must be positive definite is not."""
+    """A matrix that must be positive definite is not; with ``ridge`` it would be."""
 
-    def __init__(self, message: str, *, row: int, pivot: float, floor: float, ridge: float) -> None:
-        super().__init__(message)
-        self.row, self.pivot, self.floor, self.ridge = row, pivot, floor, ridge
+    def __init__(self, found: str, *, row: int, pivot: float, floor: float, ridge: float, otherwise: str = "") -> None:
+        super().__init__(f"{found}. Give an absolute ridge of at least {ridge:.2g}{otherwise}")
+        self.found, self.row, self.pivot, self.floor, self.ridge = found, row, pivot, floor, ridge
+        self.otherwise = otherwise  # what else would help, if anything
+
+    def advising(self, least: float, otherwise: str = "") -> "IndefiniteError":
+        """The same for a caller that needs at least this ridge, and can do this otherwise."""
+        row, pivot, floor, ridge = self.row, self.pivot, self.floor, max(self.ridge, least)
+        return IndefiniteError(self.found, row=row, pivot=pivot, floor=floor, ridge=ridge, otherwise=otherwise)
 
 
 class ResourceError(MemoryError, NtkpipeError):  # in this order, since Dask creates it by the first base's ``__new__``

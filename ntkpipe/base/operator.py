@@ -63,7 +63,8 @@ class Operator(ABC):
         self.num_rows, self.shape = num_rows, (num_rows, num_rows)
         self.storage_dtype = storage_dtype
         self._statistics: Statistics | None = None
-        self.lowest: tuple[float, float] | None = None  # bounds of the smallest eigenvalue, once somebody found them
+        # Bounds of the smallest eigenvalue, and the norm, once somebody found them
+        self.lowest: tuple[float, float, float] | None = None
 
     @property
     @abstractmethod

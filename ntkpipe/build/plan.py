@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from ntkpipe.base.config import exceeded
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.grid import Block, Grid
 from ntkpipe.base.resources import format_bytes
@@ -255,13 +256,15 @@ def make_plan(
         if machine.is_remote:
             who, threads = "a worker process needs", f"{machine.workers} thread(s)"
             remedy = "Start workers with more memory (ntkpipe uses 85 % of their limit) or fewer threads"
-        problems.append(
+        found = (
             f"{who} {format_bytes(plan.memory_bytes)} of memory with {threads}, of which "
             f"{format_bytes(machine.base_memory)} are in use already; the limit is "
             f"{format_bytes(machine.memory_limit)}. {remedy}, or use a smaller tile (now {workload.tile} samples, "
             f"{format_bytes(workload.tile_bytes)})"
             + ("" if choices is None else "; this store was begun with more memory and keeps its strips")
         )
+        is_full = machine.base_memory >= machine.memory_limit and not machine.is_remote
+        problems.append(f"{found}; {exceeded(machine.memory_limit, machine.base_memory)}" if is_full else found)
     if machine.free_disk is not None and bytes_to_write > machine.free_disk:
         problems.append(
             f"the store needs {format_bytes(bytes_to_write)} more, {format_bytes(machine.free_disk)} of disk are free; "

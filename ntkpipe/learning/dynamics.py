@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, require_bounded
 from ntkpipe.base.config import Budget, MemoryLimit, check_number
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.given import as_real
@@ -145,13 +145,18 @@ def dynamics(
     encoded, columns, shape = as_targets(targets, operator, task)
     if initial_outputs is not None:
         columns = columns - _initial(initial_outputs, np.shape(targets), encoded, operator.num_rows)
-    wanted = np.array(times, np.float64)
+    try:
+        wanted = np.array(times, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        wanted = np.zeros(0)
     if wanted.ndim != 1 or not len(wanted) or not (wanted >= 0).all():
         raise ConfigError(f"times={times!r}; needed one or more numbers of at least 0, math.inf among them if wanted")
     check_number("tol", tol, low=1e-14, high=1.0)
     check_number("max_passes", max_passes, low=1)
     if learning_rate is not None and not 0 < learning_rate < math.inf:
         raise ConfigError(f"learning_rate={learning_rate!r}; needed a positive number")
+    require_bounded("times", np.where(np.isinf(wanted), 0.0, wanted))
+    require_bounded("learning_rate", np.array([learning_rate or 1.0]))
     most = steps_that_fit(operator.num_rows, columns.shape[1] + 1, max_passes, Budget.of(memory_limit))
     training = _Training(operator, columns, wanted, learning_rate, tol, most, seed)
     of_rate = seed if learning_rate is None else None
@@ -395,5 +400,5 @@ def _initial(initial_outputs: ArrayLike, shape: tuple[int, ...], encoded: Target
     values = as_real("initial_outputs", initial_outputs)
     if values.shape not in {needed, shape if encoded.classes is None else needed}:
         raise ConfigError(f"initial_outputs of shape {values.shape}; needed {needed}, as targets have")
-    block = as_block("initial_outputs", values, len(encoded.matrix))
+    block = require_bounded("initial_outputs", as_block("initial_outputs", values, len(encoded.matrix)))
     return block.reshape(num_rows, -1)

@@ -7,7 +7,7 @@ from ntkpipe.base.config import Budget, MemoryLimit, check_number
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.given import is_in_slices, require_opened, require_square
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.resources import format_bytes, num_cores, process_memory
+from ntkpipe.base.resources import num_cores
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.operators.products import ProductOperator
 from ntkpipe.operators.streaming import StreamingOperator
@@ -95,12 +95,9 @@ def as_operator(
         return WorkersOperator(WorkerGroup(client, source, worker_bytes=budget.limit, threads=threads))
     threads = num_cores() if threads is None else int(check_number("threads", threads, low=1))
     in_use = buffer_bytes(source, threads)
+    if budget.limit is not None:
+        budget.require(in_use, f"what {threads} threads read at a time", "give a larger memory_limit, or threads=1")
     room = budget.room() - in_use
-    if budget.limit is not None and room < 0:
-        raise ResourceError(
-            f"memory_limit={format_bytes(budget.limit)}, and this process has {format_bytes(process_memory())}; "
-            f"tiles in use by {threads} threads need {format_bytes(in_use)}. Give more memory, or threads=1"
-        )
     reader = TileReader(source, source.grid.tiles(), cache_bytes=max(0, room) if keep_tiles else 0, streams=threads)
     return StreamingOperator(source, reader, threads=threads, room=None if budget.limit is None else room)
 

@@ -20,7 +20,7 @@ _NOTHING = 10 * _EPS  # a direction this small, relative to the norm of the matr
 _FEW_ROWS = 2048  # up to so many all eigenvalues take about a second
 _MOST_STEPS = 40  # passes over larger matrices
 _RESIDUALS = 3.0  # a Ritz value is above the eigenvalue by the square of its residual over a gap, here hardly by more
-_FLOORS = 10.0  # rounding of entries can make a small positive eigenvalue negative, by up to so many floors
+_OF_TOL, _LEAST_TOL = 10.0, 1e-12  # rounding that a ridge leaves, relative to `tol`, and the least that is sensible
 _TWO_DIGITS = Context(prec=2, rounding=ROUND_CEILING)
 
 
@@ -191,22 +191,25 @@ class Lowest:
 
     most: float  # λ_min is at most this: a Ritz value
     least: float  # and hardly less than this
-    floor: float  # what rounding of entries to the storage dtype does to eigenvalues
-    rounding: float  # what rounding of factors and products in float64 does
+    floor: float  # the storage floor
+    explained: float  # what rounding of entries to the storage dtype and of arithmetic does to eigenvalues
+    rounding: float  # what a factorisation in float64 needs
     dtype: str  # of stored entries
 
     def ridge(self, least: float = 0.0) -> float:
         """What makes the matrix definite, by as much as it is not now, and at least this; rounded up to two digits."""
-        return rounded_up(max(-2.0 * self.least, self.floor, self.rounding, least)) or 1.0
+        return rounded_up(max(-2.0 * self.least, self.explained, self.rounding, least)) or 1.0
 
     @property
     def words(self) -> str:
         """What rounding explains of it."""
-        moved = f"rounding of entries to {self.dtype} moves eigenvalues by about {self.floor:.2g} (the storage floor)"
-        explained = explained_by_rounding(self.floor, self.rounding)
-        if self.most < -explained:
+        moved = (
+            f"rounding to {self.dtype} and in float64 moves eigenvalues by up to about {self.explained:.2g} "
+            f"(storage floor {self.floor:.2g})"
+        )
+        if self.most < -self.explained:
             return f"an eigenvalue is at most {self.most:.3g}, and {moved}: the matrix is not positive semi-definite"
-        if self.most <= explained:
+        if self.most <= self.explained:
             return f"the smallest eigenvalue is at most {self.most:.3g}, and {moved}: indefinite at storage precision"
         return f"the smallest eigenvalue is at most {self.most:.3g}, and {moved}"
 
@@ -216,34 +219,50 @@ def rounded_up(value: float) -> float:
     return float(_TWO_DIGITS.create_decimal(value))
 
 
-def explained_by_rounding(floor: float, rounding: float) -> float:
-    """How negative eigenvalues of a positive semi-definite matrix may become by rounding of entries and products."""
-    return max(_FLOORS * floor, rounding)
+def explained_by_rounding(operator: Operator, size: float) -> float:
+    """How negative eigenvalues of a positive semi-definite matrix of this norm may become by rounding.
+
+    Of entries: the storage floor, or more where few rows are much larger than the rest. Errors of entries are
+    independent, so their norm is about that of the row with the largest ones, which is at most ``sqrt(|K|_F max K_ii)``
+    as ``(K²)_ii <= λ_1 K_ii``; those of denormal numbers do not become smaller. Of arithmetic: ``n eps |K|``.
+    """
+    largest, n, info = float(np.abs(operator.diagonal()).max()), operator.num_rows, np.finfo(operator.storage_dtype)
+    of_row = float(info.eps) / 4 * ((operator.frobenius() * largest) ** 0.5 + largest)
+    of_denormals = float(info.smallest_subnormal) * n**0.5 if size else 0.0
+    return float(max(operator.storage_floor(), of_row, of_denormals) + n * _EPS * size)
+
+
+def ridge_of_solves(operator: Operator, tol: float) -> float:
+    """What makes systems well enough conditioned for residuals of ``tol``; rounded up to two digits."""
+    # Rounding of products leaves a residual of the condition number times its own size.
+    return rounded_up(_OF_TOL * _EPS * operator.frobenius() / max(tol, _LEAST_TOL))
 
 
 @single_threaded_blas()
-def lowest_eigenvalue(operator: Operator, known: float | None = None) -> Lowest:
-    """Estimate the smallest eigenvalue where it is not known, once for a matrix and all ``K + shift I``."""
+def lowest_eigenvalue(operator: Operator, known: FloatArray | None = None) -> Lowest:
+    """Estimate the smallest eigenvalue unless all are known, once for a matrix and all ``K + shift I``."""
     base, shift = operator.unshifted
     if known is not None:
-        base.lowest = known - shift, known - shift
+        base.lowest = _ends(known - shift)
     if base.lowest is None:
-        base.lowest = _by_lapack(base) if base.num_rows <= _FEW_ROWS else _by_lanczos(base)
-    most, least = (value + shift for value in base.lowest)
+        every = slice(0, base.num_rows)
+        is_small = base.num_rows <= _FEW_ROWS
+        base.lowest = _ends(np.linalg.eigvalsh(base.block(every, every))) if is_small else _by_lanczos(base)
+    most, least, size = base.lowest
     rounding = 4 * base.num_rows * _EPS * (base.frobenius() + abs(shift))
-    return Lowest(most, least, base.storage_floor(), rounding, str(base.storage_dtype))
+    explained = explained_by_rounding(base, size + abs(shift))
+    return Lowest(most + shift, least + shift, base.storage_floor(), explained, rounding, str(base.storage_dtype))
 
 
-def _by_lapack(operator: Operator) -> tuple[float, float]:
-    every = slice(0, operator.num_rows)
-    value = float(np.linalg.eigvalsh(operator.block(every, every))[0])
-    return value, value
+def _ends(values: NDArray[Any]) -> tuple[float, float, float]:
+    least = float(values.min())
+    return least, least, float(np.abs(values).max())
 
 
-def _by_lanczos(operator: Operator) -> tuple[float, float]:
+def _by_lanczos(operator: Operator) -> tuple[float, float, float]:
     start = np.random.default_rng(0).standard_normal((operator.num_rows, 1))
     lanczos = ProbeLanczos(start, min(_MOST_STEPS, operator.num_rows))
     while lanczos.num_steps < lanczos.max_steps and not lanczos.ended.all():
         lanczos.absorb(operator.matmat(lanczos.block))
     values, residuals = lanczos.ritz()
-    return float(values[0]), float(values[0] - _RESIDUALS * residuals[0])
+    return float(values[0]), float(values[0] - _RESIDUALS * residuals[0]), float(np.abs(values).max())

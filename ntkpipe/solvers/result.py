@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 
 from ntkpipe.base.arguments import ERRORS, bound, completed, options_of, parameters_of
 from ntkpipe.base.config import Budget
+from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.operator import Work
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows, as_table
@@ -201,7 +202,13 @@ def recorded(
                 given |= {first: operator, "memory_limit": budget}
                 before = operator.work
                 operator.require_range()
-            result = function(**given)  # type: ignore[call-arg]
+            try:
+                result = function(**given)  # type: ignore[call-arg]
+            except MemoryError as error:
+                if isinstance(error, ResourceError):
+                    raise
+                what = f"{function.__name__}() ran out of memory: {error or 'it is full'}"
+                raise ResourceError(f"{what}; give smaller options, a memory_limit, or a smaller matrix") from error
             of_matrix: dict[str, Any] = {}
             if operator is not None:
                 of_matrix = {"matrix": operator.identity(), "work": result.work + (operator.work - before)}

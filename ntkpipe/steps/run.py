@@ -68,6 +68,7 @@ def run_step(
     entry = entry_of(name)
     given = check_step(name, options, f"step {name!r}")
     check_options(options_of(run_step), {"array": array}, "run_step()")
+    budget = Budget.of(memory_limit)
     opened = open_kernel(store)
     kernel = find_kernel(opened, array)
     saved_as, checkpoint = result_name(name, kernel.name), None
@@ -75,7 +76,7 @@ def run_step(
         checkpoint = Checkpoint(opened.store, f"{saved_as}-{_digest(entry, opened, kernel, given)}")
     with (
         _shown(name, checkpoint, progress) as monitor,
-        closing(Context(opened, kernel, Budget.of(memory_limit), client, monitor, checkpoint)) as context,
+        closing(Context(opened, kernel, budget, client, monitor, checkpoint)) as context,
     ):
         if checkpoint is None:
             return _call(entry, context, given)

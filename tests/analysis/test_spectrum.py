@@ -129,5 +129,5 @@ def test_it_prints_and_is_refused_with_what_to_do(matrix):
         spectrum(matrix, num_probe=3)
     with pytest.raises(ConfigError, match="no ridge is given"):
         spectrum(matrix, ridges=[])
-    with pytest.raises(ConfigError, match="ridge=-1"):
+    with pytest.raises(ConfigError, match="ridges=-1"):
         spectrum(matrix, ridges=[-1.0])

@@ -321,7 +321,7 @@ def test_what_does_not_converge_is_a_finding(finished):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("eigsh", "-k", "0"), "k=0; needed a number from 1 to 1500"),
+        (("eigsh", "-k", "0"), "k=0; needed an integer from 1 on"),
         (("solve", "--ridge", "-1"), "ridge=-1.0"),
         (("eigsh", "--memory-limit", "much"), "memory_limit='much'; needed a number of bytes, or text such as 8GiB"),
         (("eigsh", "--array", "tain"), "did you mean 'train'"),

@@ -336,7 +336,7 @@ def test_memory_is_what_was_given(kernel, monkeypatch):
     source = KernelTiles(kernel)
     in_use = buffer_bytes(source, 2)
     monkeypatch.setattr(config, "process_memory", lambda: 10**6)
-    with pytest.raises(ResourceError, match=r"memory_limit=.* tiles in use by 2 threads need .* or threads=1"):
+    with pytest.raises(ResourceError, match=r"what 2 threads read at a time takes .* may be used; .* or threads=1"):
         as_operator(kernel, memory_limit=10**6 + in_use - 1, threads=2)
     num_tiles = source.grid.num_tiles
     for num_kept in (0, 10, num_tiles):

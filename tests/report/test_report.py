@@ -339,7 +339,7 @@ def test_only_reports_are_replaced(store, tmp_path: Path) -> None:
 
 
 def test_wrong_options_are_refused_before_anything_is_computed(store, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="ridge=-1"):
+    with pytest.raises(ConfigError, match="ridges=-1"):
         write(store, ridges=(-1.0,))
     with pytest.raises(ConfigError, match="has no array 'trian'"):
         write(store, array="trian")

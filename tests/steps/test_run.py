@@ -202,8 +202,8 @@ def test_a_step_says_what_its_inputs_took_and_how_good_they_were(tmp_path):
 
 def test_a_posterior_is_safe_before_it_is_judged(tmp_path):
     store = make_store(tmp_path / "k.zarr")
-    with pytest.warns(UserWarning, match="there is no calibration beside the result: bins=0"):
-        found = run_step(store, "gaussian_process", bins=0, progress=False)
+    with pytest.warns(UserWarning, match="there is no calibration beside the result: .*10000000"):
+        found = run_step(store, "gaussian_process", bins=10**7, progress=False)
     assert read_result(store, "gaussian_process").log_marginal_likelihood == found.log_marginal_likelihood
     assert read_result(store, "calibration") is None
 

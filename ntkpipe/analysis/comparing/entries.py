@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.errors import NonFiniteError
+from ntkpipe.base.arrays import FloatArray, require_matrix_range
 from ntkpipe.base.operator import Operator
 from ntkpipe.operators.tiles import MatrixTiles
 
@@ -158,12 +157,14 @@ class _Sums:
         self._inner = np.zeros(6)
         self._near: float | None = None
         self._largest, self._at = -1.0, (0, 0)
+        self._sizes = np.zeros(2)  # the largest entries of A and B
 
     def add(self, strip: Strip) -> None:
         """Add a strip; those of diagonal blocks come first, so that the diagonal is known where it is needed."""
         if strip.is_diagonal:
             self._add_diagonal(strip)
         first, second = strip.first, strip.second
+        self._sizes = np.maximum(self._sizes, [np.abs(first).max(), np.abs(second).max()])
         if self._near is None:
             # Near the best scale, from a few entries.
             square = float(np.vdot(first, first))
@@ -202,9 +203,8 @@ class _Sums:
 
     def result(self) -> dict[str, Any]:
         """Differences from the sums."""
-        if not np.isfinite(self._inner).all():
-            beyond = "entries whose squares are beyond float64"
-            raise NonFiniteError(f"one of the kernels holds NaN or infinity, or {beyond}")
+        for size in self._sizes:
+            require_matrix_range(float(size))
         aa, bb, ab, gap, residual, with_first = map(float, self._inner)
         # |c A - B|² = |R|² - <R, A>² / |A|²; nothing below zero but rounding.
         best = residual - with_first**2 / aa if aa else bb

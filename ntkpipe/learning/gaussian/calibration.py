@@ -113,14 +113,18 @@ def calibration(
     if not len(posterior.mean):
         raise ConfigError("the posterior has no test samples; give gaussian_process a test_kernel and test_diagonal")
     factor = posterior.scale if scale == "likelihood" else float(check_number("scale", scale, low=0.0))
-    check_number("bins", bins, low=1)
+    check_number("bins", bins, low=1, high=10**6)
+    check_number("num_draws", num_draws, low=1, high=10**8)
     for level in levels:
         check_number("levels", level, low=0.0, high=1.0)
     targets = _encoded(posterior, test_targets, classes, task)
     noise = posterior.noise if include_noise else 0.0
     variance = factor * (posterior.variance + noise)
     if not (variance > 0.0).all():
-        raise ConfigError("a variance is zero, so nothing can be compared with it; give a ridge, or include_noise=True")
+        raise ConfigError(
+            f"a variance is zero (scale={factor:.3g}), so nothing can be compared with it; give a ridge, or "
+            "include_noise=True"
+        )
     squares = (targets.matrix - posterior.mean) ** 2 / variance
     halves = ndtri(0.5 + np.asarray(levels, np.float64) / 2)
     coverage = np.array([float(np.mean(squares <= half**2)) for half in halves])

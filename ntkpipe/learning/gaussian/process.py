@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, require_bounded
 from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge, check_number
-from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.given import as_real
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
@@ -230,6 +230,4 @@ def _prior_covariance(diagonal: Any, shape: tuple[int, int, int]) -> FloatArray:
             f"test_diagonal of shape {blocks.shape}; needed {shape}, such as store.test_diagonal: the blocks of test "
             "samples with themselves"
         )
-    if not np.isfinite(blocks).all():
-        raise NonFiniteError("test_diagonal holds NaN or infinity")
-    return blocks.reshape(shape)
+    return require_bounded("test_diagonal", blocks).reshape(shape)

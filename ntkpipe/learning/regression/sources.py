@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ntkpipe.base.arrays import FloatArray, runs
+from ntkpipe.base.arrays import FloatArray, require_bounded, runs
 from ntkpipe.base.config import RidgeScale, absolute_ridges
-from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.given import as_real, dtype_of, is_in_slices, read_slices, real_dtype, require_opened
 from ntkpipe.base.operator import Operator, Work, digest_of
 from ntkpipe.base.targets import Targets, Task, as_rows, as_samples, as_values, encode, encode_test
@@ -88,9 +88,7 @@ def initial_matrix(initial: Any, shape: tuple[int, ...]) -> FloatArray:
         values = values[:, None]
     if values.shape != shape:
         raise ConfigError(f"initial_outputs of shape {values.shape}; needed {shape}, as targets have")
-    if not np.isfinite(values).all():
-        raise NonFiniteError("initial_outputs hold NaN or infinity")
-    return values
+    return require_bounded("initial_outputs", values)
 
 
 def targets_of(source: KernelSet, split: str) -> NDArray[Any]:
@@ -141,9 +139,10 @@ class CrossKernel:
     def times(self, block: FloatArray) -> FloatArray:
         """``K_test @ block`` in float64, block (N·S, c); one read of the whole."""
         found = np.zeros((self.num_rows, block.shape[1]))
-        for rows, columns, part in self._parts():
-            found[rows] += _finite(part, rows) @ block[columns]
-        return found
+        with np.errstate(over="ignore", invalid="ignore"):
+            for rows, columns, part in self._parts():
+                found[rows] += _finite(part, rows) @ block[columns]
+        return require_bounded("predictions", found)
 
     def outputs(self, coefficients: FloatArray) -> FloatArray:
         """Predictions ``K_test A`` in float64, (M, O)."""
@@ -174,9 +173,7 @@ class CrossKernel:
 
 
 def _finite(part: FloatArray, rows: slice) -> FloatArray:
-    if not np.isfinite(part).all():
-        raise NonFiniteError(f"the test kernel holds NaN or infinity in rows {rows.start} to {rows.stop - 1}")
-    return part
+    return require_bounded(f"the test kernel, rows {rows.start} to {rows.stop - 1},", part)
 
 
 class HeldOut:

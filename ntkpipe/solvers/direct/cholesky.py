@@ -12,9 +12,9 @@ import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge, check_number
-from ntkpipe.base.errors import IndefiniteError, NonFiniteError, ResourceError
+from ntkpipe.base.errors import IndefiniteError, NonFiniteError
 from ntkpipe.base.operator import Operator
-from ntkpipe.base.resources import format_bytes, num_cores
+from ntkpipe.base.resources import num_cores
 from ntkpipe.operators.blas import Pool
 from ntkpipe.solvers.direct.factor import CholeskyFactor
 from ntkpipe.solvers.direct.panels import (
@@ -32,7 +32,7 @@ from ntkpipe.solvers.direct.panels import (
     widest_shape,
 )
 from ntkpipe.solvers.direct.triangular import ROWS_OF_THREAD, NotPositiveError, factor_in_place
-from ntkpipe.solvers.probe_lanczos import lowest_eigenvalue
+from ntkpipe.solvers.probe_lanczos import lowest_eigenvalue, ridge_of_solves
 from ntkpipe.solvers.result import Monitor, Step, ignore, recorded
 
 _MOST_JITTERS = 5
@@ -93,11 +93,19 @@ def cholesky(
     for name, value in (("panel_width", panel_width), ("threads", threads)):
         if value is not None:
             check_number(name, value, low=1)
-    room = Budget.of(memory_limit).room() - operator.buffer_bytes
-    task = _Task(operator, ridge, jitter, panel_width, threads or num_cores(), room, monitor)
+    budget = Budget.of(memory_limit)
+    task = _Task(operator, ridge, jitter, panel_width, threads or num_cores(), budget, monitor)
     with _opened(task, path):
         (_factor_with_jitter if jitter == "auto" else _factor)(task)
     return _result(task)
+
+
+def factor_for_solves(operator: Operator, ridge: float, tol: float, **how: Any) -> CholeskyFactor:
+    """The factor; an error advises a ridge with which systems are solved to ``tol``, too."""
+    try:
+        return cholesky(operator, ridge=ridge, **how)
+    except IndefiniteError as error:
+        raise error.advising(ridge_of_solves(operator, tol)) from None
 
 
 def bytes_of_cholesky(num_rows: int) -> int:
@@ -114,13 +122,17 @@ class _Task:
     jitter: str | None
     panel_width: int | None
     num_threads: int
-    room: int  # bytes
+    budget: Budget
     monitor: Monitor
     panels: Panels = field(init=False)
     state: FactorState = field(init=False)
     resumed: int = 0  # panels that were complete at the start
     path: str | None = None
     save: Callable[[FactorState], None] = lambda state: None
+
+    def require(self, num_bytes: int, what: str, advice: str) -> None:
+        """Check that so many bytes fit beside the tiles in use."""
+        self.budget.require(num_bytes + self.operator.buffer_bytes, what, advice, share=0.5)
 
     def begin(self, shape: Shape) -> FactorState:
         """The state in which nothing is factored."""
@@ -132,12 +144,8 @@ def _opened(task: _Task, path: str | Path | None) -> Iterator[None]:
     """A factorisation in memory, or in a locked folder with what it holds already."""
     if path is None:
         shape = usual_shape(task.operator.num_rows, task.panel_width)
-        if (needed := bytes_in_memory(shape)) > task.room:
-            raise ResourceError(
-                f"the Cholesky factor of {shape.num_rows:,} rows needs {format_bytes(needed)} of memory; "
-                f"{format_bytes(max(0, task.room))} may be used. Give path=, a folder: the factor is then written "
-                "there in panels that fit"
-            )
+        advice = "give path=, a folder: the factor is then written there in panels that fit"
+        task.require(bytes_in_memory(shape), f"the Cholesky factor of {shape.num_rows:,} rows", advice)
         task.panels, task.state = Panels(shape), task.begin(shape)
         yield
         return
@@ -265,18 +273,21 @@ def _indefinite_error(task: _Task, number: int, error: NotPositiveError) -> Inde
     lowest = lowest_eigenvalue(task.operator)
     # At least twice what was added and does not do, should the estimate be wrong.
     ridge, floor = lowest.ridge(2.0 * (state.ridge + state.jitter)), lowest.floor
-    message = (
+    found = (
         f"with {added} the leading {row + 1:,} rows are not positive definite: pivot {error.pivot:.4g} in row {row:,}, "
-        f"panel {number + 1} of {state.shape.num_panels}; {lowest.words}. Give a ridge of at least {ridge:.2g}"
+        f"panel {number + 1} of {state.shape.num_panels}; {lowest.words}"
     )
+    otherwise = ""
     if state.jitter == 0.0 and ridge <= floor * _JITTER_FACTOR ** (_MOST_JITTERS - 1):
-        message += ", or jitter='auto', which adds the storage floor to the diagonal, or some of them, and says so"
-    return IndefiniteError(message, row=row + 1, pivot=error.pivot, floor=floor, ridge=ridge)
+        otherwise = ", or jitter='auto', which adds the storage floor to the diagonal, or some of them, and says so"
+    about = {"row": row + 1, "pivot": error.pivot, "floor": floor, "ridge": ridge}
+    return IndefiniteError(found, **about, otherwise=otherwise)
 
 
 def _stored_state(task: _Task, folder: FactorFolder) -> FactorState:
     """The state in the folder if it fits the options, or the one to begin with; it is committed."""
-    n, width, threads, room = task.operator.num_rows, task.panel_width, task.num_threads, task.room
+    n, width, threads = task.operator.num_rows, task.panel_width, task.num_threads
+    room = task.budget.room() - task.operator.buffer_bytes
     state = folder.load()
     if state is None:
         state = task.begin(Shape.of_width(n, width) if width else widest_shape(n, room, threads))
@@ -287,11 +298,8 @@ def _stored_state(task: _Task, folder: FactorFolder) -> FactorState:
         if width is not None:
             wanted["panel_width"] = Shape.of_width(n, width).width
         require_same(state, wanted, folder.root)
-    needed = bytes_of_panel(state.shape, threads)
-    if needed > room and len(state.panels) < state.shape.num_panels:
-        raise ResourceError(
-            f"a panel of {state.shape.width:,} columns needs {format_bytes(needed)} of memory; {format_bytes(room)} "
-            "may be used. Give a larger memory_limit"
-        )
+    if len(state.panels) < state.shape.num_panels:
+        what = f"a panel of {state.shape.width:,} columns"
+        task.require(bytes_of_panel(state.shape, threads), what, "give a larger memory_limit")
     folder.commit(state)
     return state

@@ -18,6 +18,7 @@ from ntkpipe.operators.blas import Pool
 from ntkpipe.solvers.blocks import as_block
 from ntkpipe.solvers.direct.panels import Panels
 from ntkpipe.solvers.direct.triangular import Triangle
+from ntkpipe.solvers.probe_lanczos import ridge_of_solves, rounded_up
 from ntkpipe.solvers.result import Result, Status
 
 
@@ -121,7 +122,10 @@ class CholeskyFactor(Result):
         status: Status = "converged" if worst <= tol else "stagnated"
         message = f"residuals are at most {worst:.2g}"
         if status == "stagnated":
-            message += f", more than tol={tol:.2g}: the matrix is too ill-conditioned for float64; a larger ridge helps"
+            # At least twice what is there and does not do.
+            ridge = max(rounded_up(2.0 * self.shift), ridge_of_solves(self._operator, tol))
+            message += f", more than tol={tol:.2g}: the matrix is too ill-conditioned for float64. Give an absolute "
+            message += f"ridge of at least {ridge:.2g}, or a larger tol"
         used = self._panels.traffic - traffic
         return DirectSolution(
             status=status,

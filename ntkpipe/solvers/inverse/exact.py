@@ -13,12 +13,12 @@ from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.config import Budget
 from ntkpipe.base.errors import ConfigError, IndefiniteError
 from ntkpipe.base.operator import Operator
-from ntkpipe.solvers.direct.cholesky import cholesky
+from ntkpipe.solvers.direct.cholesky import factor_for_solves
 from ntkpipe.solvers.direct.eigh import eigh
 from ntkpipe.solvers.direct.factor import CholeskyFactor
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.contract import INDEFINITE, UNKNOWN, Fit, Inverse, Question, Verdict, WithError
-from ntkpipe.solvers.probe_lanczos import lowest_eigenvalue
+from ntkpipe.solvers.probe_lanczos import lowest_eigenvalue, ridge_of_solves
 from ntkpipe.solvers.result import Monitor
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -52,6 +52,7 @@ class ByEigenpairs(Inverse):
     """
 
     method = "eigh"
+    _tol = 1.0
 
     def __init__(self, operator: Operator, pairs: Eigenpairs, why: str) -> None:
         super().__init__(operator)
@@ -64,9 +65,11 @@ class ByEigenpairs(Inverse):
         self.cut, self._rounding = cut_off(operator, largest), operator.num_rows * _EPS * largest
 
     @classmethod
-    def of(cls, operator: Operator, budget: Budget, monitor: Monitor, why: str) -> "ByEigenpairs":
-        """All eigenpairs are computed."""
-        return cls(operator, eigh(operator, memory_limit=budget, monitor=monitor), why)
+    def of(cls, operator: Operator, budget: Budget, monitor: Monitor, why: str, tol: float = 1.0) -> "ByEigenpairs":
+        """All eigenpairs are computed; ridges are advised for residuals of ``tol``."""
+        found = cls(operator, eigh(operator, memory_limit=budget, monitor=monitor), why)
+        found._tol = tol
+        return found
 
     def weights(self, ridge: float) -> tuple[FloatArray, NDArray[np.bool_]]:
         """Eigenvalues of ``(K + λI)⁺``, and which of K's count: at λ = 0 those beyond the cut-off."""
@@ -78,10 +81,10 @@ class ByEigenpairs(Inverse):
         """Tell where K + λI is not positive, or rounding in float64 does not tell it from a singular matrix."""
         smallest = float((self.values + ridge)[self.weights(ridge)[1]].min(initial=np.inf))
         if smallest <= self._rounding:
-            known = "positive" if smallest <= 0.0 else "surely positive"
-            advised = lowest_eigenvalue(self.operator, float(self.values[-1])).ridge()
-            said = f"an eigenvalue of K + λI is {smallest:.3g}: the matrix is not {known}"
-            verdict.add(INDEFINITE, 0.0, f"{said}; give a ridge of at least {advised:.2g}")
+            lowest = lowest_eigenvalue(self.operator, self.values)
+            ridge = lowest.ridge(ridge_of_solves(self.operator, self._tol))
+            said = f"an eigenvalue of K + λI is {smallest:.3g}; of K {lowest.words}"
+            verdict.add(INDEFINITE, 0.0, f"{said}. Give an absolute ridge of at least {ridge:.2g}")
 
     def times(self, block: FloatArray, ridge: float, verdict: Verdict) -> FloatArray:
         """See :class:`Inverse`; nothing is outside of the range of rounding, so residuals are not computed."""
@@ -201,10 +204,11 @@ class ByFactors(Inverse):
         if self._factor is None or self._factor.ridge != ridge:
             self._factor = None  # before there is another
             how: dict[str, Any] = {"memory_limit": self._budget, "monitor": self._monitor}
-            self._factor = cholesky(self.operator, ridge=ridge, path=self._path, **how)
+            self._factor = factor_for_solves(self.operator, ridge, self._tol, path=self._path, **how)
             self._doubt = "" if ridge or self._path is not None else doubt_of(self._factor, self.operator)
         if self._doubt:
-            verdict.add(INDEFINITE, 0.0, self._doubt)
+            ridge = ridge_of_solves(self.operator, self._tol)
+            verdict.add(INDEFINITE, 0.0, f"{self._doubt}. Give an absolute ridge of at least {ridge:.2g}")
         return self._factor
 
     def times(self, block: FloatArray, ridge: float, verdict: Verdict) -> FloatArray:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, require_bounded
 from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge, absolute_ridges, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work, digest_of
@@ -102,6 +102,8 @@ def solve(
     guess = None if initial is None else as_block("initial coefficients", initial, operator.num_rows)
     if guess is not None and guess.shape != block.shape:
         raise ConfigError(f"initial of {guess.shape[1]} columns for right-hand sides of {block.shape[1]}")
+    if guess is not None:
+        require_bounded("initial", guess)
     budget, passes = Budget.of(memory_limit), _MOST_PASSES if max_passes is None else max_passes
     options = SolveOptions(method, tol, rank, preconditioner, passes, seed, budget, monitor, path)
     kept = SystemCheckpoint(checkpoint, _decides(operator, block, absolute, options), block.shape)

@@ -17,7 +17,7 @@ from ntkpipe.base.errors import ConfigError, IndefiniteError, ResourceError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows
 from ntkpipe.solvers.checkpoint import Journal, Stages, as_work
-from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, cholesky
+from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, factor_for_solves
 from ntkpipe.solvers.inverse.choice import cost_of_factor, cost_of_iterating, cost_of_iteration, hopeless_after
 from ntkpipe.solvers.inverse.contract import Verdict
 from ntkpipe.solvers.inverse.exact import ByEigenpairs, doubt_of, eigenpairs_fit
@@ -32,6 +32,7 @@ from ntkpipe.solvers.linear.preconditioner import (
     saved_of,
 )
 from ntkpipe.solvers.memory import bytes_of_solve
+from ntkpipe.solvers.probe_lanczos import ridge_of_solves
 from ntkpipe.solvers.result import Monitor, OfTargets, Status, Step
 from ntkpipe.store.results import Checkpoint, as_integer, as_number
 
@@ -284,7 +285,7 @@ class Systems:
     def _factor(self, ridge: float) -> _Found:
         options, operator = self._options, self._operator
         how: dict[str, Any] = {"memory_limit": options.budget, "monitor": self._monitor()}
-        factor = cholesky(operator, ridge=ridge, path=options.path, **how)
+        factor = factor_for_solves(operator, ridge, options.tol, path=options.path, **how)
         is_checked = ridge == 0.0 and options.method == "auto" and options.path is None
         if is_checked and (doubt := doubt_of(factor, operator, options.seed)):
             raise _UnfitError(doubt)
@@ -294,7 +295,7 @@ class Systems:
     def _minimum_norm(self, ridge: float) -> _Found:
         """``(K + λI)⁺ Y``: the least-squares solution of smallest norm, where eigenvalues up to a cut-off are zero."""
         options, rhs, verdict = self._options, self._rhs, Verdict()
-        inverse = ByEigenpairs.of(self._operator, options.budget, self._monitor(), "")
+        inverse = ByEigenpairs.of(self._operator, options.budget, self._monitor(), "", options.tol)
         coefficients = inverse.times(rhs, ridge, verdict)
         sizes = np.linalg.norm(rhs, axis=0)
         residual = rhs - self._operator.shifted(ridge).matmat(coefficients)
@@ -311,7 +312,8 @@ class Systems:
         beside = float(_relative(np.linalg.norm(residual, axis=0), sizes).max(initial=0.0))
         if beside > options.tol:
             said = f"the residual inside of the range is {beside:.2g}, more than tol={options.tol:.2g}"
-            verdict.add("stagnated", beside, f"{message}; {said}")
+            helps = f"give an absolute ridge of at least {ridge_of_solves(self._operator, options.tol):.2g}"
+            verdict.add("stagnated", beside, f"{message}; {said}: {helps}, or a larger tol")
         found = {"cut_off": cut if ridge == 0.0 else 0.0, "rank": rank}
         return _Found("eigh", coefficients, relative, verdict.status, verdict.message or message, found)
 

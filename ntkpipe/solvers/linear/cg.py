@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ntkpipe.base.arrays import FloatArray, column_norms
 from ntkpipe.base.operator import Operator
 from ntkpipe.solvers.linear.preconditioner import Preconditioner
-from ntkpipe.solvers.probe_lanczos import lowest_eigenvalue
+from ntkpipe.solvers.probe_lanczos import lowest_eigenvalue, ridge_of_solves
 from ntkpipe.solvers.result import Monitor, Status, Step, ignore
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -20,8 +20,8 @@ _CHECK_EVERY = 25
 _DRIFT = 10.0  # a true residual larger than the recursive one by this factor replaces it
 _LEAST_GAIN = 2.0
 _MOST_POOR_GAINS = 2
-_OF_TOL, _LEAST_TOL = 10.0, 1e-12  # rounding that a ridge leaves, relative to `tol`, and the least that is sensible
 _TOO_LARGE = 100.0  # rounding of a product with an iterate, as a multiple of the best residual, from where it is lost
+_SPENT = 10  # passes, as a multiple of the rows
 _LARGE = 1e6  # an iterate of so many times |b| / |A| is as bad as a residual of |b|
 
 
@@ -364,16 +364,18 @@ class Iteration:
         if not is_open.any():
             return "converged", f"{said} after {len(self._history)} iterations"
         said += f", and {int(is_open.sum())} of {len(is_open)} columns are above tol={self._tol:.2g}"
-        is_broken, is_stuck = self._is_broken & is_open, self._is_stuck & is_open
+        # In exact arithmetic there are no more steps than rows, and more passes are no help where several times as many
+        # were none.
+        is_spent = not self._gave_up and self._passes > _SPENT * self._operator.num_rows
+        is_broken, is_stuck = self._is_broken & is_open, (self._is_stuck | is_spent) & is_open
         if (is_broken | is_stuck).any():
             lowest = lowest_eigenvalue(self._operator)
-            # Rounding of products leaves a residual of the condition number times its own size.
-            ridge = lowest.ridge(_OF_TOL * _EPS * self._operator.frobenius() / max(self._tol, _LEAST_TOL))
+            ridge = lowest.ridge(ridge_of_solves(self._operator, self._tol))
             where = ": a direction without curvature beyond rounding was met" if is_broken.any() else ""
             status: Status = "indefinite at storage precision" if is_broken.any() else "stagnated"
             return status, (
                 f"{said}{where}, so the matrix is singular for these right-hand sides or too ill-conditioned; "
-                f"{lowest.words}. Raise the ridge by at least {ridge:.2g}, or take the solution of minimum "
+                f"{lowest.words}. Raise the absolute ridge by at least {ridge:.2g}, or take the solution of minimum "
                 "norm: KernelRegression(method='eigh')"
             )
         if self._gave_up:

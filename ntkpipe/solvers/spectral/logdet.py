@@ -9,13 +9,13 @@ import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge
-from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.errors import ConfigError, IndefiniteError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, preconditioner_of
-from ntkpipe.solvers.probe_lanczos import gauss_rule, radau_rule
+from ntkpipe.solvers.probe_lanczos import gauss_rule, lowest_eigenvalue, radau_rule, rounded_up
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore, recorded
 from ntkpipe.solvers.spectral.krylov import Sampler, Sampling
 from ntkpipe.store.results import Checkpoint
@@ -174,7 +174,7 @@ class _Sampling(Sampler):
         self, operator: Operator, options: Sampling, preconditioner: Preconditioner | None, ridge: float
     ) -> None:
         super().__init__(operator, options)
-        self._preconditioner, self._shifted = preconditioner, operator.shifted(ridge)
+        self._preconditioner, self._shifted, self._ridge = preconditioner, operator.shifted(ridge), ridge
         floor = max(operator.storage_floor(), 8 * _EPS * operator.frobenius())
         self.scale, self.known = (1.0, 0.0) if preconditioner is None else (preconditioner.mu, preconditioner.logdet())
         # P is μ at least, and more where F has all columns.
@@ -213,12 +213,15 @@ class _Sampling(Sampler):
 
     def judge(self) -> tuple[Status, str]:
         """Status and message; Ritz values up to the floor cannot be told from zero."""
-        if not self.smallest > 0:
-            why = f"a Ritz value is {self.smallest:.3g}: the matrix is not positive definite"
-            return "indefinite at storage precision", f"{why}, and has no log determinant; give a larger ridge"
-        if self.smallest <= self._floor:
+        if not self.smallest > self._floor:
             why = f"the smallest Ritz value, {self.smallest:.3g}, is not known from zero (floor {self._floor:.3g})"
-            return "indefinite at storage precision", f"{why}, nor is its logarithm; give a larger ridge"
+            if not self.smallest > 0:
+                why = f"a Ritz value is {self.smallest:.3g}: K + λI is not positive definite"
+            lowest = lowest_eigenvalue(self._operator)
+            ridge = lowest.ridge(max(4.0 * self._floor * self.scale, 2.0 * self._ridge))
+            why += f", so the logarithm is not known; of K {lowest.words}"
+            why += f". Give a larger ridge, an absolute one of at least {ridge:.2g}"
+            return "indefinite at storage precision", why
         wanted = self._tol * self._operator.num_rows
         error = (self.standard_error + self.truncation) / self._operator.num_rows
         said = f"the errors add up to {error:.2g} n"
@@ -226,7 +229,7 @@ class _Sampling(Sampler):
             advice = f"{self.limit} ended it; give more steps or a preconditioner"
             return "step limit", f"{said}, most of it truncation: {advice}"
         if error > self._tol:
-            factor = (self.standard_error / max(wanted - self.truncation, 1e-3 * wanted + 1e-300)) ** 2
+            factor = min(self.standard_error / max(wanted - self.truncation, 1e-3 * wanted + 1e-300), 1e150) ** 2
             return (
                 "not converged",
                 f"{said}, most of it Monte-Carlo error; give {max(factor, 1.1):.2g} times the probes",
@@ -300,11 +303,19 @@ def logdet(
         found = slq_logdet(operator, **common, **given, monitor=monitor, checkpoint=checkpoint)
         options = {name: value for name, value in found.options.items() if name != "memory_limit"}
         return replace(found, work=Work(), seconds=0.0, options=options)  # the rest is recorded around this call
-    factor = cholesky(operator, **common, jitter=jitter, path=path, monitor=monitor)
+    # With it :meth:`CholeskyFactor.logdet_error` is small, by bounds of its traces.
+    least = rounded_up(operator.storage_floor() * max(4.0 / (_MOST_ERROR * operator.num_rows), 16.0))
+    try:
+        factor = cholesky(operator, **common, jitter=jitter, path=path, monitor=monitor)
+    except IndefiniteError as refused:
+        advised = refused.advising(least, refused.otherwise)
+        raise advised from None
     error, status, message = factor.logdet_error(), factor.status, factor.message
     if error > _MOST_ERROR * operator.num_rows:
         status = "indefinite at storage precision"
-        message += "; but rounding of the stored entries leaves the determinant open: give a larger ridge"
+        ridge = max(least, rounded_up(2.0 * factor.shift))
+        message += "; but rounding of the stored entries leaves the determinant open: give a larger ridge, an absolute "
+        message += f"one of at least {ridge:.2g}"
     return LogDeterminant(
         status=status,
         message=message,

@@ -156,7 +156,7 @@ def smallest(
         inverse, earlier = made.solve, earlier + made.work - (operator.work - start)
     rounding = max(_ROUNDING * operator.frobenius(), _TINY)
     space = Davidson(n, min(width, n), inverse, seed)
-    limits = _Limits(k, tol, floor, rounding)
+    limits = _Limits(k, tol, floor, rounding, explained_by_rounding(operator, largest))
     journal, start, known = Journal(stages.part("space"), {}), operator.work, Work()
     if journal.earlier is not None:
         with journal.reading():
@@ -204,6 +204,7 @@ class _Limits:
     tol: float
     floor: float  # of storage
     rounding: float  # of products
+    explained: float  # by rounding of entries and arithmetic
 
     def are_met(self, values: FloatArray, norms: FloatArray) -> bool:
         """Whether residuals are within ``tol`` of the eigenvalues, the storage floor, or rounding."""
@@ -263,15 +264,15 @@ def _judge(
         )
     if not is_converged:
         return "step limit", f"residuals are {worst:.2g} of the eigenvalues; raise max_passes or give a better inverse"
-    if -explained_by_rounding(floor, limits.rounding) <= least < 0:
+    if -max(limits.explained, limits.rounding) <= least < 0:
         return "indefinite at storage precision", (
-            f"λ_min is {least:.3g}, which the storage floor {floor:.2g} explains: not known at storage precision"
+            f"λ_min is {least:.3g}, which rounding explains (storage floor {floor:.2g}): not known at storage precision"
         )
     note = ""
     if abs(least) < floor:
         note = f"; λ_min lies below the storage floor {floor:.2g}: not known at storage precision"
     elif least < 0:
-        note = f"; the matrix is indefinite beyond what the storage floor {floor:.2g} explains"
+        note = f"; the matrix is indefinite beyond what rounding explains (storage floor {floor:.2g})"
     return "converged", f"{k} residual{'s' * (k > 1)} within {limits.tol:g} of the eigenvalue{note}"
 
 

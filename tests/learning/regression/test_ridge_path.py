@@ -218,7 +218,7 @@ def test_wrong_input_is_named(rng: np.random.Generator) -> None:
     targets = rng.standard_normal(30)
     for options, words in (
         ({"ridges": []}, "no ridge"),
-        ({"ridges": [-1.0]}, "ridge=-1"),
+        ({"ridges": [-1.0]}, "ridges=-1"),
         ({"method": "svd"}, "method='svd'"),
         ({"test_kernel": test_kernel}, "without test targets"),
         ({"test_kernel": test_kernel, "test_targets": np.zeros(8)}, r"needed \(9, 1\)"),

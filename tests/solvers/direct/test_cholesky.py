@@ -302,7 +302,7 @@ def test_jitter_does_not_hide_a_matrix_that_is_indefinite(matrices):
 
 
 def test_what_does_not_fit_memory_asks_for_a_path(matrix):
-    with pytest.raises(ResourceError, match=r"needs .* of memory; .* may be used. Give path="):
+    with pytest.raises(ResourceError, match=r"takes .* may be used; give path="):
         cholesky(matrix, memory_limit=process_memory() + 100_000)
 
 

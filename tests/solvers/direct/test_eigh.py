@@ -8,6 +8,7 @@ from matrices import matrix_with_spectrum, power_law, spectra
 
 from ntkpipe.base import config
 from ntkpipe.base.errors import ConfigError, NonFiniteError, ResourceError, SelfCheckError
+from ntkpipe.base.resources import process_memory
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.direct import eigh as dense
 from ntkpipe.solvers.direct.eigh import eigh, eigvalsh, has_64_bit_integers
@@ -82,7 +83,7 @@ def test_in_place_no_second_matrix_is_made(monkeypatch):
 def test_what_does_not_fit_is_refused_with_what_does():
     operator = DenseOperator(matrix_with_spectrum(power_law(200, condition=1e4)))
     with pytest.raises(ResourceError, match=r"200 rows takes .* 14 passes and .* density\(matrix\)"):
-        eigvalsh(operator, memory_limit=100_000)
+        eigvalsh(operator, memory_limit=process_memory() + 100_000)
     assert operator.work.passes == 0
 
 

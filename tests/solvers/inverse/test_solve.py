@@ -230,7 +230,7 @@ def test_auto_iterates_where_a_factor_is_no_help(rng, monkeypatch):
     inside = matrix @ rng.standard_normal((300, 2))
 
     factor = cholesky(matrix, ridge=0.5)
-    monkeypatch.setattr(systems, "cholesky", lambda *_, **__: _Wrong(factor, matrix))
+    monkeypatch.setattr(systems, "factor_for_solves", lambda *_, **__: _Wrong(factor, matrix))
     found = solve(matrix, inside, ridge=1e-12)
     assert (found.status, found.method) == ("converged", "block_cg")
     assert "Cholesky left a residual of" in found.why
