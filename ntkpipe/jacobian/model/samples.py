@@ -1,7 +1,7 @@
 """Samples: arrays of any library, dicts of them or map-style data sets, read in runs and never copied whole."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Real
@@ -179,7 +179,7 @@ class Samples:
                         signs = np.sign(values[i], where=np.isinf(values[i]), out=np.zeros_like(values[i]))
                         patterns.setdefault(name.encode() + hashlib.sha256(signs.data).digest(), start + i)
         if bad:
-            raise NonFiniteError(f"{label}: NaN in {show_samples(sorted(bad))}; fill or drop what is missing")
+            raise NonFiniteError(f"{label}: NaN entries in {show_samples(sorted(bad))}; fill or drop them")
         self.infinite[:] = sorted(set(patterns.values()))[:_MOST_PATTERNS]
         for i, sample in before.items():
             again = self.source.read(i, i + 1)
@@ -217,7 +217,7 @@ def as_samples(inputs: object, targets: object = None, *, label: str = "inputs",
     if values is not None and (values.ndim == 0 or len(values) != source.num_samples):
         raise DataError(f"{label} holds {source.num_samples} samples, its targets have shape {values.shape}")
     parts = inputs if isinstance(inputs, Mapping) else {_SINGLE: inputs}
-    columns = {name: list(each.columns) for name, each in parts.items() if _is_frame(each)}
+    columns = {name: list(found) for name, each in parts.items() if (found := _columns(each)) is not None}
     samples = Samples(source, is_mapping, values, with_targets, label, columns)
     if values is not None:
         _ = samples.targets  # checked at once; those of a data set when they are read
@@ -237,8 +237,9 @@ def require_same_arrays(train: Samples, test: Samples, label: str) -> None:
             raise DataError(f"{label} has the columns {other}, the train inputs {one}; pass them in one order")
 
 
-def _is_frame(value: object) -> bool:
-    return hasattr(value, "__array__") and isinstance(getattr(value, "columns", None), Sized)
+def _columns(value: object) -> Collection[object] | None:
+    found = getattr(value, "columns", None) if hasattr(value, "__array__") else None
+    return found if isinstance(found, Collection) else None
 
 
 def _as_source(inputs: object, label: str) -> tuple[Source, bool]:
@@ -263,7 +264,7 @@ def _as_source(inputs: object, label: str) -> tuple[Source, bool]:
         return ArraySource(arrays, next(iter(arrays.values())).shape[0]), True
     if hasattr(inputs, "__array__") or isinstance(inputs, memoryview):
         values = _to_values(inputs, label)
-        if values.ndim == 0:
+        if not values.shape:
             raise DataError(f"{label} is a scalar; needed an array whose first axis is the sample")
         return ArraySource({_SINGLE: values}, values.shape[0]), False
     if (
@@ -277,8 +278,8 @@ def _as_source(inputs: object, label: str) -> tuple[Source, bool]:
         )
     if isinstance(inputs, tuple) and (len(inputs) <= _MOST_PARTS or hasattr(inputs, "_fields")):
         raise DataError(
-            f"{label} is a tuple of {len(inputs)}; pass inputs and targets by name, several inputs of a model as a dict "
-            "of arrays, or samples as a list"
+            f"{label} is a tuple of {len(inputs)}; pass inputs and targets by name, several inputs of a model as a "
+            "dict of arrays, or samples as a list"
         )
     try:
         size = len(inputs)
@@ -316,9 +317,8 @@ def _require_keys(mapping: Mapping[Any, Any], label: str) -> None:
 
 def _to_values(value: Any, label: str) -> Any:
     """An array; what is cut into chunks (HDF5, Zarr, Dask) is left where it is."""
-    shape = getattr(value, "shape", ())
-    is_chunked = hasattr(value, "__array__") and hasattr(value, "chunks") and shape and isinstance(shape[0], int)
-    return value if is_chunked else _to_array(value, label)
+    shape = getattr(value, "shape", ()) if hasattr(value, "__array__") and hasattr(value, "chunks") else ()
+    return value if shape and isinstance(shape[0], int) else _to_array(value, label)
 
 
 def _to_array(value: object, label: str) -> NDArray[Any]:
@@ -355,8 +355,8 @@ def _why_not_numbers(array: NDArray[Any], value: object, label: str) -> str:
     is_number = Real | np.bool_ | np.ndarray | Tensor
     place, entry = next(((place, each) for place, each in entries if not isinstance(each, is_number)), ((), ""))
     if place:
-        found += f" for {str(entry):.40} ({type(entry).__name__}) in row {place[0]}"
+        found += f" for {entry!s:.40} ({type(entry).__name__}) in row {place[0]}"
     found += "; needed real numbers, integers or booleans"
     if isinstance(entry, str) and array.dtype.kind in "UTSO":
         return f"{found}; a store has labels as numbers: np.unique(labels, return_inverse=True)"
-    return found + ("; fill or drop what is missing" if place else "")
+    return found + ("; fill, convert or drop such entries" if place else "")
