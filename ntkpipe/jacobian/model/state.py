@@ -2,14 +2,15 @@
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from types import FunctionType, ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 from ntkpipe.base.errors import ModelError, NonFiniteError
 from ntkpipe.store.manifest import ModelRecord
@@ -23,6 +24,9 @@ _PARTS: dict[torch.layout, tuple[str, ...]] = {
     torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
     torch._mkldnn: ("to_dense",),  # type: ignore[attr-defined]
 }
+
+
+_PLAIN: Any = object.__reduce_ex__  # of objects that deepcopy copies attribute by attribute
 
 
 def parts(value: Tensor) -> list[Tensor]:
@@ -127,21 +131,39 @@ def _changes_gradients(parameter: Tensor) -> bool:
     return bool(hooks) and not torch.equal(found, given)
 
 
+def _tensors_inside(module: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that a copy of a module would copy, in attributes, containers and plain objects too."""
+    left: list[Any] = [vars(child) for child in module.modules()]
+    seen: set[int] = set()
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple | set | deque):
+            left += value
+        elif not isinstance(value, FunctionType | ModuleType) and getattr(type(value), "__reduce_ex__", 0) is _PLAIN:
+            left.append(getattr(value, "__dict__", None))
+
+
 def deepcopy(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
     """A copy of a module; ``shared`` are objects by id that stay the same, or what takes their place."""
     memo = dict(shared or {})
-    for child in module.modules():
-        for value in tree_leaves(vars(child)):
-            if not isinstance(value, Tensor) or id(value) in memo:
-                continue
-            if not value.is_leaf:
-                # Old-style weight_norm and friends keep computed tensors as attributes, which deepcopy refuses; they
-                # are recomputed by the next forward pass. Where one is used as it is, the outputs depend on a leaf
-                # that is no parameter, which the probe refuses.
-                memo[id(value)] = value.detach().clone().requires_grad_()
-            elif _is_special(value) or type(value) not in {Tensor, nn.Parameter}:  # deepcopy refuses many of them
-                clone = value.detach().clone()
-                memo[id(value)] = nn.Parameter(clone, value.requires_grad) if isinstance(value, nn.Parameter) else clone
+    for value in _tensors_inside(module):
+        if id(value) in memo:
+            continue
+        if not value.is_leaf:
+            # Old-style weight_norm and friends keep computed tensors as attributes, which deepcopy refuses; they are
+            # recomputed by the next forward pass. Where one is used as it is, the outputs depend on a leaf that is no
+            # parameter, which the probe refuses.
+            memo[id(value)] = value.detach().clone().requires_grad_()
+        elif _is_special(value) or type(value) not in {Tensor, nn.Parameter}:  # deepcopy refuses many of them
+            clone = value.detach().clone()
+            memo[id(value)] = nn.Parameter(clone, value.requires_grad) if isinstance(value, nn.Parameter) else clone
     try:
         with torch.no_grad():  # else the parameters of a scripted module's copy depend on those of the original
             return copy.deepcopy(module, memo)

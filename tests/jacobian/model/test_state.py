@@ -1,6 +1,7 @@
 """Tensors of any layout are checked, copied and fingerprinted; what has no derivative is refused by name."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,13 +74,17 @@ SPARSE = {
 
 
 @pytest.mark.parametrize("edges", SPARSE.values(), ids=SPARSE)
-@pytest.mark.parametrize("keep", ["buffer", "attribute", "frozen parameter"])
+@pytest.mark.parametrize("keep", ["buffer", "attribute", "frozen parameter", "object"])
 def test_sparse_constants_give_the_kernel_of_dense_ones(edges, keep):
     edges = edges()
     model = graph(edges)
     if keep != "buffer":
         del model.edges
         model.edges = edges if keep == "attribute" else nn.Parameter(edges, requires_grad=False)
+    if keep == "object":
+        model.edges, model.kept = None, SimpleNamespace(edges=[edges])
+        model.kept.model = model.kept  # a circle
+        model.function = lambda m, x: m.last(torch.tanh((m.kept.edges[0] @ torch.tanh(m.first(x)).T).T))
     exact = live(graph(edges.to_dense()))
     assert reference.error(ntkpipe.kernel_matrix(model, X, **OPTIONS), exact) < 1e-12
 
