@@ -39,6 +39,6 @@ $(STAMP): pyproject.toml constraints.txt
 # The extra `bench`, without what it depends on: torch and numpy are there, and torchvision is not used. Behind detkit's
 # name is what it imports that is not there.
 $(PEERS): $(STAMP)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps asdfghjkl nngeometry \
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps asdfghjkl nngeometry torchjd \
 		detkit ml_dtypes pooch tensorstore texplot
 	touch $(PEERS)

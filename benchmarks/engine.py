@@ -2,8 +2,10 @@
 
 Every method computes the same float32 kernel of the same model and samples. A timing is the median of repeats that are
 interleaved with those of the other methods and with plain matrix products; on one core it is CPU time, on all of them
-wall time. Warm-up is not timed, and what this engine does before its first tile (tracing, measuring, planning,
-self-check) is printed as a number of its own. A share of 1 is the least number of operations that an exact kernel needs
+wall time. Warm-up is not timed. ``ntkpipe`` is this engine from its first tile on; ``whole call`` is all of
+``kernel_matrix`` but the self-check, in a process that has computed other kernels, with a model that it has not seen.
+What the first call of a process does before its first tile, and the self-check, are printed as numbers of their own,
+without imports. A share of 1 is the least number of operations that an exact kernel needs
 (``comparison.work.least_flops``) at the rate of the best of the products of 1024, 2048 and 4096.
 
 A method that is too slow for the full size is timed at two smaller ones, and its seconds are extrapolated as
@@ -33,6 +35,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from time import perf_counter, process_time
+from typing import Any
 
 import psutil
 import torch
@@ -192,26 +195,29 @@ def compare(
     return results, rate
 
 
-def print_results(work: Work, results: dict[str, Result], cores: int, rate: float) -> dict[str, str]:
+def print_results(work: Work, results: dict[str, Result], cores: int, rate: float, scale: float) -> dict[str, str]:
     """Print one row in full, and return its line of the summary."""
-    flops, ours = least_flops(work), results.get("ntkpipe")
-    own = None if ours is None or ours.failure else ours.median
+    flops, found = least_flops(work), {name: each.median for name, each in results.items() if not each.failure}
+    own, call = found.get("ntkpipe"), found.get("whole call")
     unit = "one core, CPU time" if cores == 1 else f"{cores} cores, wall time"
     print(f"\n{work.key}: {work.title}, {work.num_samples} samples; {unit}")
     print(f"  least {flops / 1e9:.1f} GFLOP, matrix products {rate / 1e9:.1f} GFLOP/s", end="")
-    print("" if own is None else f"; before the first tile {ours.method.settle_seconds:.2f} s (not timed below)")
-    print(f"  {'method':12} {'seconds':>9} {'share':>7} {'vs ntkpipe':>11} {'error':>9} {'99 %':>9}")
+    first = child(work, "ntkpipe", "first", scale)[0] if "ntkpipe" in results else {}
+    print("".join(f"; in a new process {what} {seconds:.2f} s" for what, seconds in first.items()))
+    print(f"  {'method':12} {'seconds':>9} {'share':>7} {'/ ntkpipe':>11} {'/ call':>7} {'error':>9} {'99 %':>9}")
     summary = {"row": work.key, "N": str(work.num_samples), "cores": str(cores)}
     for name, result in results.items():
         if result.failure:
             print(f"  {name:12} {'—':>9} {result.failure}")
             summary[name] = "—"
             continue
-        seconds, ratio = result.median, float("nan") if own is None else result.median / own
-        columns = f"{name:12} {seconds:9.3f} {flops / rate / seconds:7.2f} {ratio:11.2f}"
+        seconds, mark = found[name], "~" if result.note else ""
+        ratios = [float("nan") if base is None else seconds / base for base in (own, call)]
+        columns = f"{name:12} {seconds:9.3f} {flops / rate / seconds:7.2f} {ratios[0]:11.2f} {ratios[1]:7.2f}"
         print(f"  {columns} {result.error:9.1e} {result.usual_error:9.1e}  {result.note}".rstrip())
-        mark = "~" if result.note else ""
-        summary[name] = f"{seconds:.3f} s, {flops / rate / seconds:.2f}" if name == "ntkpipe" else f"{mark}{ratio:.2f}"
+        is_ours = isinstance(result.method, Ours)
+        share, several = f", {flops / rate / seconds:.2f}", " / ".join(f"{mark}{ratio:.2f}" for ratio in ratios)
+        summary[name] = f"{seconds:.3f} s{share if name == 'ntkpipe' else ''}" if is_ours else several
     sys.stdout.flush()
     return summary
 
@@ -219,10 +225,27 @@ def print_results(work: Work, results: dict[str, Result], cores: int, rate: floa
 def print_summary(lines: list[dict[str, str]]) -> None:
     """All rows as one table: seconds and share of ntkpipe, ratios of the others."""
     names = list(lines[0])
-    print("\nntkpipe: seconds and share of the matrix-product rate; others: their seconds / ours (~ extrapolated)\n")
+    print(
+        "\nntkpipe: seconds, share of the matrix-product rate; others: seconds over ntkpipe's / over the whole call's\n"
+    )
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for line in lines:
         print(f"| {' | '.join(line[name] for name in names)} |")
+
+
+def child(work: Work, name: str, measured: str, scale: float) -> tuple[dict[str, Any], str]:
+    """What a process of its own measures, or why it failed."""
+    command = [sys.executable, __file__, "--rows", work.key, "--methods", name, "--scale", str(scale)]
+    done = subprocess.run([*command, "--measure", measured], capture_output=True, text=True)
+    return (json.loads(done.stdout), "") if done.returncode == 0 else ({}, done.stderr.strip().splitlines()[-1][:160])
+
+
+def first_call(work: Work) -> dict[str, float]:
+    """Seconds of the first call of this process before its first tile, and of its self-check."""
+    torch.set_num_threads(1)
+    method = Ours(work, work.model(), work.inputs(), 1)
+    check = method.settled(work.num_samples).check_seconds
+    return {"before the first tile": method.settle_seconds - check, "self-check": check}
 
 
 def compare_memory(works: list[Work], names: list[str], scale: float) -> None:
@@ -230,12 +253,10 @@ def compare_memory(works: list[Work], names: list[str], scale: float) -> None:
     for work in works:
         print(f"\n{work.key}: {work.title}, {work.num_samples} samples; growth of resident memory at most")
         for name in names:
-            command = [sys.executable, __file__, "--rows", work.key, "--methods", name, "--scale", str(scale)]
-            done = subprocess.run([*command, "--measure"], capture_output=True, text=True)
-            if done.returncode:
-                print(f"  {name:12} {'—':>10} {done.stderr.strip().splitlines()[-1][:160]}")
+            found, problem = child(work, name, "memory", scale)
+            if problem:
+                print(f"  {name:12} {'—':>10} {problem}")
                 continue
-            found = json.loads(done.stdout)
             size, extra = found["samples"], ""
             if size < work.num_samples:
                 extra = f"  at {size} samples: the same as for all, but for the kernel"
@@ -257,7 +278,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=8.0, help="seconds of one run of a peer")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of samples, for a quick look")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=("memory", "first"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     keys, names = options.rows.split(","), options.methods.split(",")
     for given, known in ((keys, ROWS), (names, METHODS)):
@@ -265,7 +286,7 @@ def main() -> None:
             parser.error(f"{', '.join(sorted(set(given) - set(known)))}: unknown; known are {', '.join(known)}")
     works = [ROWS[key].scaled(options.scale) for key in keys]
     if options.measure:
-        print(json.dumps(measure(works[0], METHODS[names[0]])))
+        print(json.dumps(measure(works[0], METHODS[names[0]]) if options.measure == "memory" else first_call(works[0])))
         return
     memory = format_bytes(psutil.virtual_memory().total)
     print(f"{', '.join(versions())}; {torch.backends.cpu.get_cpu_capability()}, {num_cores()} cores, {memory}")
@@ -278,7 +299,7 @@ def main() -> None:
         reference, gap = reference_kernel(work, work.inputs())
         for cores in dict.fromkeys(modes):
             results, rate = compare(work, names, cores, options.repeats, options.budget, reference)
-            lines.append(print_results(work, results, cores, rate))
+            lines.append(print_results(work, results, cores, rate, options.scale))
         print(f"  reference: float64, {gap:.1e} from plain autograd on three samples")
     print_summary(lines)
 

@@ -104,10 +104,10 @@ def planned(num_samples: int, tile: int, workers: int, block_seconds: float) -> 
     model = torch.nn.Sequential(*layers).eval()
     plan, _ = ntkpipe.plan_kernel(model, Generated(num_samples), store="unwritten.zarr", tile=tile)
     described = {"workers": workers, "memory_limit": "8GiB"}
-    for edge in range(16, 0, -1):
-        rate = edge**2 * tile**2 * plan.workload.cost.pair_flops / block_seconds
+    for tiles in range(256, 0, -1):
+        rate = tiles * tile**2 * plan.workload.cost.pair_flops / block_seconds
         found = estimate_cluster(plan, {**described, "flops_per_second": rate})
-        if found.plan.edge == edge:
+        if found.plan.height * found.plan.width == tiles:
             # Jacobians take a little more.
             return estimate_cluster(plan, {**described, "flops_per_second": rate * found.block_seconds / block_seconds})
     raise SystemExit(f"no block takes {block_seconds} s")
@@ -139,7 +139,7 @@ def drive(options: argparse.Namespace) -> None:
         wall, used = perf_counter() - start, cpu_seconds(scheduler) - used
     answer = {
         "workers": workers,
-        "edge": found.plan.edge,
+        "block": f"{found.plan.height} × {found.plan.width}",
         "block_seconds": found.block_seconds,
         "blocks": len(blocks),
         "blocks_planned": found.plan.num_tasks,
@@ -247,7 +247,7 @@ def main() -> None:
         for workers in options.workers:
             found = measure(workers, options)
             print(
-                f"| {workers} | {found['edge']} × {found['edge']} tiles, {found['block_seconds']:.0f} s "
+                f"| {workers} | {found['block']} tiles, {found['block_seconds']:.0f} s "
                 f"| {found['blocks']:,} of {found['blocks_planned']:,} | {found['busy']:.1%} | {found['steady']:.1%} "
                 f"| {1e3 * found['scheduler_seconds_a_task']:.1f} ms | {found['scheduler_share']:.1%} "
                 f"| {found['scheduler_bytes'] / 2**20:.0f} MiB | {found['driver_bytes'] / 2**20:.0f} MiB |",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
-from comparison.hooks import hooked_kernel
+from comparison.hooks import hooked_kernel, with_visible_attention
 from comparison.work import NUM_OUTPUTS, Work
 from ntkpipe.base.config import KernelSpec, RunSpec
-from ntkpipe.build.in_memory import build_matrix, settle_matrix
+from ntkpipe.build.in_memory import build_matrix, kernel_matrix, settle_matrix
 from ntkpipe.build.prepare import Request, Settled, exact_single_thread
 from ntkpipe.jacobian.model.samples import as_samples
 
@@ -74,6 +75,16 @@ class Ours(Method):
                 held = size, settle_matrix(Request(self.model, samples, None, spec, run))
             self._settled, self.settle_seconds = held, perf_counter() - start
         return held[1]
+
+
+class WholeCall(Ours):
+    """``ntkpipe.kernel_matrix`` of a copy of the model, without the self-check: what a user waits for."""
+
+    name = "whole call"
+
+    def kernel(self, size: int) -> Tensor:
+        options = {"kind": self.work.kind, "workers": self.workers, "self_check": False, "device": "cpu"}
+        return torch.from_numpy(kernel_matrix(deepcopy(self.model), self.inputs[:size], **options))
 
 
 class Reference(Ours):
@@ -181,6 +192,20 @@ class Asdl(Method):
         return asdl.empirical_class_wise_direct_ntk(model, inputs)[:, :, 0].detach()
 
 
+class TorchJD(Method):
+    """The autogram engine of TorchJD, all samples in one batch."""
+
+    name = "torchjd"
+    package = "torchjd"
+
+    def kernel(self, size: int) -> Tensor:
+        from torchjd.autogram import Engine
+
+        model = _with_covectors(with_visible_attention(self.model), self.work)
+        engine = Engine(model, batch_dim=0)
+        return engine.compute_gramian(model(self.inputs[:size]))
+
+
 class _PseudoOutput(nn.Module):
     """Sum of the logits over sqrt(O), as a model of one output."""
 
@@ -196,7 +221,8 @@ def _with_covectors(model: nn.Module, work: Work) -> nn.Module:
     return model if work.kind == "ntk" else _PseudoOutput(model).eval()
 
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Ours, Hooks, TorchFunc, NNGeometry, Asdl)}
+_METHODS = (Ours, WholeCall, Hooks, TorchFunc, NNGeometry, Asdl, TorchJD)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _METHODS}
 
 
 def versions() -> Iterator[str]:

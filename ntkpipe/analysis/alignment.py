@@ -11,11 +11,11 @@ from ntkpipe.base.config import Budget, MemoryLimit, check_number
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
-from ntkpipe.learning.regression.sources import OfTargets, train_targets
+from ntkpipe.learning.regression.sources import train_targets
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import AnalysisMethod, all_eigenpairs, are_all_cheaper
 from ntkpipe.solvers.memory import bytes_of_eigsh
-from ntkpipe.solvers.result import Monitor, Status, ignore, recorded
+from ntkpipe.solvers.result import Monitor, OfTargets, Status, ignore, recorded
 from ntkpipe.solvers.spectral.lanczos import eigsh
 from ntkpipe.store.results import Checkpoint
 
@@ -153,7 +153,7 @@ def alignment(
         num_directions=(half, most_of_it, nearly_all),
         alignment=plain,
         centred_alignment=centred,
-        targets=train.targets.words,
+        **train.targets.fields,
     )
 
 

@@ -14,13 +14,13 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
-from ntkpipe.learning.regression.sources import CountedStages, OfTargets, ridges_for, train_targets
+from ntkpipe.learning.regression.sources import CountedStages, ridges_for, train_targets
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import all_eigenpairs
 from ntkpipe.solvers.inverse.contract import Question
 from ntkpipe.solvers.inverse.exact import ByEigenpairs
-from ntkpipe.solvers.result import Monitor, Step, ignore, recorded
+from ntkpipe.solvers.result import Monitor, OfTargets, Step, ignore, recorded
 from ntkpipe.store.results import Checkpoint
 
 # Shares of the samples, and ridges in mean diagonals, unless others are given.
@@ -308,7 +308,7 @@ def learning_curve(
         sizes=np.array(numbers, np.int64),
         ridges=shifts,
         kare_ratio=means[2] / means[1],
-        targets=train.targets.words,
+        **train.targets.fields,
         eigenlearning_ratio=theory["eigenlearning"] / means[0],
         canatar_ratio=theory["canatar"] / means[0],
         **measured,

@@ -35,13 +35,13 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, check_number
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.tables import TableRows
-from ntkpipe.base.targets import Task, note_on_unknown
-from ntkpipe.learning.regression.sources import CountedStages, HeldOut, OfTargets, ridges_for, train_targets
+from ntkpipe.base.targets import Task
+from ntkpipe.learning.regression.sources import CountedStages, HeldOut, ridges_for, train_targets
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import AnalysisMethod, all_eigenpairs, find_inverse
 from ntkpipe.solvers.inverse.contract import INDEFINITE, Fit, Question, WithError, as_fields, squares
 from ntkpipe.solvers.inverse.exact import ByEigenpairs
-from ntkpipe.solvers.result import Monitor, Status, ignore, recorded
+from ntkpipe.solvers.result import Monitor, OfTargets, Status, ignore, recorded
 from ntkpipe.store.results import Checkpoint
 
 # Ridges unless others are given, in mean diagonals.
@@ -199,7 +199,7 @@ def generalisation(
         message = f"systems are solved to {worst:.2g} only, not to {tol:g}; raise the smallest ridge, or tol"
     return Generalisation(
         status=status,
-        message=message if test is None else message + note_on_unknown(test.targets),
+        message=message if test is None else message + test.targets.note,
         work=stages.work,
         seconds=stages.seconds,
         options=options,
@@ -209,7 +209,7 @@ def generalisation(
         num_outputs=train.rhs.shape[1],
         ridges=shifts,
         floor=floor,
-        targets=train.targets.words,
+        **train.targets.fields,
         **losses,
         **trusted,
     )

@@ -35,6 +35,7 @@ class Summary:
     mean_squared_error: float | None = None  # of the predictions on the test samples
     num_test: int = 0  # test samples
     targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"; empty without targets
+    note: str = ""  # on test samples of classes that training does not have
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
@@ -69,7 +70,7 @@ def summarize(
             fit = solve(operator, rows, ridge=ridge, ridge_scale=ridge_scale, task="regression")
             outputs = as_samples(store.test_train[:, : len(block)].astype(np.float64) @ fit.coefficients, width)
             found |= {"ridge": fit.ridge, "accuracy": test.accuracy(outputs), "num_test": len(test.matrix)}
-            found["mean_squared_error"] = test.loss(outputs)
+            found |= {"mean_squared_error": test.loss(outputs), "note": test.note.removeprefix("; ")}
     return Summary(
         num_train=total,
         num_samples=count,

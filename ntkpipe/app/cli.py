@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from rich.console import Console
@@ -16,6 +16,7 @@ from ntkpipe.base import errors
 from ntkpipe.base.errors import Interrupted, NtkpipeError, needed_for
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import print_rows, print_table, printable
+from ntkpipe.base.targets import Task
 from ntkpipe.base.version import VERSION
 from ntkpipe.build.derive import derive_kernel
 from ntkpipe.build.mend import RepairReport, bad_chunks, mend
@@ -192,6 +193,11 @@ def export(store: str, path: Path, array: str) -> None:
 )
 @click.option(
     "--ridge-scale", type=click.Choice(["mean_diagonal"]), help="What --ridge is a multiple of.  [default: absolute]"
+)
+@click.option(
+    "--task",
+    type=click.Choice(get_args(Task)),
+    help="What targets are.  [default: what saved results took them for, else auto]",
 )
 @click.option("--saved-only", is_flag=True, help="Show what steps have saved; compute nothing but the picture.")
 def report(store: str, output: str | None, ridges: tuple[float, ...], as_json: bool, **options: Any) -> None:

@@ -192,6 +192,8 @@ def summary_rows(found: Summary) -> TableRows:
         ("eigenvalues", f"{shown}, …, {found.smallest_eigenvalue:.3g}"),
         ("λ₁ / trace", f"{found.eigenvalues[0] / found.trace:.1%}" if found.trace else "-"),
     ]
+    if found.targets:
+        rows.append(("targets", f"{found.targets}; `task` takes them for something else"))
     if found.alignment is not None:
         rows.append(("kernel-target alignment", f"{found.alignment:.3f} (centred {found.centred_alignment:.3f})"))
     if found.accuracy is not None:
@@ -199,6 +201,8 @@ def summary_rows(found: Summary) -> TableRows:
         rows.append(("ridge regression", f"{correct}, λ = {found.ridge:.3g}"))
     elif found.mean_squared_error is not None:
         rows.append(("ridge regression", f"test error {found.mean_squared_error:.4g}, λ = {found.ridge:.3g}"))
+    if found.note:
+        rows.append(("test targets", found.note))
     return rows
 
 

@@ -199,8 +199,9 @@ PARAMETERS = {
     "ridge": "λ ≥ 0, added to the diagonal.",
     "ridge_scale": 'Unit of ridges. None is absolute, ``"mean_diagonal"`` the mean of the diagonal of K.',
     "task": "What targets are. ``auto``: integers, booleans and strings (N,) are labels, whose classes become one-hot "
-    "columns; others are real targets. ``classification``: labels, also as floats. ``binary``: labels of two classes "
-    "that share a column of -1 and +1. ``regression``: numbers, also integers.",
+    "columns; others are real targets. ``classification``: labels, also as floats, or one-hot columns. ``binary``: "
+    "labels of two classes that share a column of -1 and +1. ``regression``: numbers, also integers. Targets of test "
+    "samples are taken for the same.",
     "rank": "Rank of the preconditioner; default ``min(1000, n/10)``. Iterations fall as it grows.",
     "num_probes": "Number of random vectors, p ≥ 2. The Monte-Carlo error falls like ``1 / sqrt(p)``.",
     "memory_limit": 'Bytes that this process may have, or text such as ``"8GiB"``; default a share of what is free.',

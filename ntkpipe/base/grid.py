@@ -77,7 +77,7 @@ class Grid:
     @property
     def num_tiles(self) -> int:
         """Tiles that are stored."""
-        return self.num_blocks(edge=1)
+        return self._count(self.rows.num_tiles, self.columns.num_tiles)
 
     @property
     def num_pairs(self) -> int:
@@ -94,16 +94,17 @@ class Grid:
         """Whether tile (row, column) is stored, rather than its mirror image."""
         return row <= column or not self.symmetric
 
-    def blocks(self, edge: int) -> Iterator["Block"]:
-        """Yield blocks of at most ``edge`` x ``edge`` tiles that cover each stored tile exactly once."""
-        for row in range(0, self.rows.num_tiles, edge):
-            row_stop = min(row + edge, self.rows.num_tiles)
-            for column in range(row if self.symmetric else 0, self.columns.num_tiles, edge):
-                yield Block(row, row_stop, column, min(column + edge, self.columns.num_tiles))
+    def blocks(self, height: int, width: int) -> Iterator["Block"]:
+        """Yield blocks of at most ``height`` x ``width`` tiles that cover each stored tile exactly once, row by row."""
+        for row in range(0, self.rows.num_tiles, height):
+            row_stop = min(row + height, self.rows.num_tiles)
+            for column in range(row if self.symmetric else 0, self.columns.num_tiles, width):
+                yield Block(row, row_stop, column, min(column + width, self.columns.num_tiles))
 
-    def num_blocks(self, edge: int) -> int:
+    def num_blocks(self, height: int, width: int) -> int:
         """Number of blocks of :meth:`blocks`, without listing them."""
-        return self._count(-(-self.rows.num_tiles // edge), -(-self.columns.num_tiles // edge))
+        rows, columns = range(0, self.rows.num_tiles, height), self.columns.num_tiles
+        return sum(-(-(columns - (row if self.symmetric else 0)) // width) for row in rows)
 
     def _count(self, rows: int, columns: int) -> int:
         return rows * (rows + 1) // 2 if self.symmetric else rows * columns

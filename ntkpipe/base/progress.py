@@ -1,6 +1,7 @@
-"""Progress display: a live bar on a terminal, a line every few seconds elsewhere."""
+"""Progress display: a live bar on a terminal, elsewhere a line every few seconds, also where nothing is counted."""
 
 import sys
+import threading
 from collections.abc import Generator, Iterable, Sequence
 from math import isfinite, log
 from time import monotonic
@@ -11,7 +12,7 @@ from rich.console import Console
 
 Item = TypeVar("Item")
 
-_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_LINES = 5.0
 _FEWEST_FOR_FORECAST = 4
 
 
@@ -28,22 +29,44 @@ class _Display:
         self._what, self._live = what, live
         self._is_live = enabled and live.console.file.isatty()
         self._prints = enabled and not self._is_live
-        self._task = live.add_task(what, **task)
+        self._task = live.add_task(what, **{"total": None, **task})
         self._start = self._last = monotonic()
+        self._num_lines, self._ended = 0, threading.Event()
 
     def __enter__(self) -> Self:
         if self._is_live:
             self._live.start()
+        elif self._prints:
+            threading.Thread(target=self._speak, name=f"progress of {self._what}", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
         if self._is_live:
             self._live.stop()
 
-    def _print(self, words: str, now: float, *, is_last: bool = False) -> None:
-        if self._prints and (is_last or now - self._last >= _SECONDS_BETWEEN_LINES):
+    def _speak(self) -> None:
+        """Say that work goes on where it says nothing itself, as in LAPACK, which takes minutes in one call."""
+        before = self._num_lines
+        while not self._ended.wait(_SECONDS_BETWEEN_LINES / 2):
+            if self._num_lines == before:
+                now = monotonic()
+                self._print(f"at work for {now - self._start:.0f} s", now, is_due=True)
+            before = self._num_lines
+
+    def _print(self, words: str, now: float, *, is_due: bool = False) -> None:
+        if self._prints and (is_due or now - self._last >= _SECONDS_BETWEEN_LINES):
+            self._last, self._num_lines = now, self._num_lines + 1
             print(f"{self._what}: {words}", file=self._live.console.file, flush=True)
-            self._last = now
+
+
+class Phase(_Display):
+    """Work that does not say how far it is."""
+
+    def __init__(self, what: str, *, enabled: bool, stream: TextIO | None = None) -> None:
+        columns = bars.SpinnerColumn(), "{task.description}", bars.TimeElapsedColumn()
+        live = bars.Progress(*columns, console=Console(file=stream or sys.stderr), transient=True)
+        super().__init__(what, live, enabled=enabled)
 
 
 class Ticks(_Display):
@@ -65,7 +88,7 @@ class Ticks(_Display):
         rate, left = _rate(speed, self._unit), (self._total - done) / speed
         self._live.update(self._task, advance=1, rate=rate)
         words = f"{done} of {self._total} {self._unit}s, {rate}, {left:.0f} s left"
-        self._print(words, now, is_last=done == self._total)
+        self._print(words, now, is_due=done == self._total)
 
 
 def show_progress(
@@ -78,12 +101,11 @@ def show_progress(
             yield item
 
 
-class Passes(_Display):
+class Passes(Phase):
     """Progress of an iteration: passes, residual, time left."""
 
     def __init__(self, what: str, *, enabled: bool, stream: TextIO | None = None) -> None:
-        columns, console = (bars.SpinnerColumn(), "{task.description}"), Console(file=stream or sys.stderr)
-        super().__init__(what, bars.Progress(*columns, console=console, transient=True), enabled=enabled)
+        super().__init__(what, enabled=enabled, stream=stream)
         self._live.update(self._task, description=f"{what}: first pass")
         self._seen: list[tuple[float, float]] = []
 

@@ -1,11 +1,13 @@
 """Targets of samples, encoded in one way everywhere: labels of classes become columns, numbers stay what they are.
 
-Integers, booleans and strings of shape (N,) are labels; every different one is a class, whatever the numbers are, and
-becomes a one-hot column, in sorted order. Floats, and everything with columns, are real targets.
+Integers, booleans, text and categoricals of shape (N,) are labels; every different one is a class, whatever the numbers
+are, and becomes a one-hot column, in sorted order. Floats, and everything with columns, are real targets. That is
+decided once, by the targets of the train samples; those of others are encoded as these were.
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Number
 from typing import Any, Literal
 
 import numpy as np
@@ -16,11 +18,15 @@ from ntkpipe.base.errors import ConfigError, NonFiniteError
 
 # `binary` is one column of -1 for the first of two classes and +1 for the second, in place of two one-hot columns.
 Task = Literal["auto", "classification", "regression", "binary"]
+Label = bool | int | float | str  # of a class, as results have it
 # Floats that are all integers are taken for numbers, with a warning if there are as few different ones as this.
 _MOST_CLASSES_OF_FLOATS = 100
 # Of fewer samples each may well have a class of its own.
 _FEWEST_DOUBTFUL = 20
-_NUMBERS = (bool, int, float, np.number, np.bool_)
+# More classes than these are counted, 0 to C - 1 or 1 to C; ages, years and counts have gaps or begin elsewhere.
+_MOST_UNCOUNTED = 10
+_LEAST_DENSITY = 0.8  # share of the numbers up to the largest that is there, at least: a train set may lack some
+_MISSING = {"NoneType", "NAType", "NaTType"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Targets:
     codes: NDArray[np.int64] | None  # number of each sample's class, shape (N,), -1 if training has none; or None
     is_flat: bool  # whether targets were real and of shape (N,)
     is_binary: bool = False  # whether the two classes share a column, of -1 and +1
+    note: str = ""  # of test samples: what a message adds where no train sample has their class
 
     @property
     def words(self) -> str:
@@ -41,6 +48,12 @@ class Targets:
             return f"{count} real target{'s'[: count != 1]}"
         encoded = "as ±1" if self.is_binary else "one-hot"
         return f"{len(self.classes)} class{'es'[: 2 * (len(self.classes) != 1)]}, {encoded}"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a result says of them: see :class:`ntkpipe.solvers.result.OfTargets`."""
+        classes = None if self.classes is None else tuple(self.classes.tolist())
+        return {"targets": self.words, "classes": classes, "is_binary": self.is_binary}
 
     def rows(self, width: int) -> NDArray[np.float64]:
         """Targets as right-hand sides of a kernel with ``width`` rows per sample; see :func:`as_rows`."""
@@ -66,7 +79,8 @@ def as_rows(matrix: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     if matrix.shape[1] != width:
         raise ConfigError(
             f"targets of {matrix.shape[1]} columns for a kernel of {width} rows a sample; needed a column for each row "
-            "of a sample, as a full NTK has an output for each"
+            "of a sample, as a full NTK has an output for each, or labels of classes, as floats with "
+            "task='classification'"
         )
     return matrix.reshape(-1, 1)
 
@@ -79,16 +93,20 @@ def as_samples(rows: NDArray[np.float64], width: int) -> NDArray[np.float64]:
 def encode(targets: ArrayLike, *, task: Task = "auto", num_outputs: int | None = None) -> Targets:
     """Encode the targets of train samples, shape (N,) or (N, c); raises ConfigError for what is neither kind.
 
-    ``auto`` is as above; ``classification`` takes labels, also as floats or in a single column, ``binary`` the same, of
-    two classes, and ``regression`` numbers, also integers. Where ``num_outputs`` columns are needed, integers from 0
-    may lack some of the classes.
+    ``auto`` is as above; ``classification`` takes labels, also as floats or in a single column, and one-hot columns,
+    whose classes are their numbers; ``binary`` the same, of two classes, and ``regression`` numbers, also integers.
+    Where ``num_outputs`` columns are needed, integers from 0 may lack some of the classes.
     """
     values = _values(targets)
     if task != "regression" and _are_labels(values, task):
-        labels = values.reshape(-1)
+        codes = _of_one_hot(values)
+        labels = values.reshape(-1) if codes is None else codes
         if labels.dtype.kind == "f":
             labels = labels.astype(np.int64)
-        return _encoded(labels, _classes_of(labels, num_outputs, task), is_binary=task == "binary")
+        classes = _classes_of(labels if codes is None else np.arange(values.shape[1]), num_outputs, task)
+        if task == "auto" and labels.dtype.kind in "iu":
+            _doubt(labels)
+        return _encoded(labels, classes, is_binary=task == "binary")
     return _real(values, warns=task == "auto")
 
 
@@ -96,36 +114,90 @@ def encode_test(targets: ArrayLike, train: Targets) -> Targets:
     """Encode the targets of test samples as those of the train samples were."""
     values = _values(targets)
     if train.classes is None:
-        found = _real(values, warns=False)
-        if found.matrix.shape[1] != train.matrix.shape[1]:
-            shown, needed = found.matrix.shape[1], train.matrix.shape[1]
-            raise ConfigError(f"test targets have {shown} columns, and train targets {needed}; they must match")
-        return found
-    if values.size != len(values):
-        raise ConfigError(f"test targets of shape {values.shape} where labels of classes are needed, shape (M,)")
-    return _encoded(values.reshape(-1), train.classes, is_binary=train.is_binary)
+        return _real_as(values, train)
+    codes = _of_one_hot(values)
+    if codes is not None and values.shape[1] == len(train.classes):
+        labels = train.classes[codes]
+    elif values.size == len(values):
+        labels = values.reshape(-1)
+        _require_alike(labels, train)
+    else:
+        raise ConfigError(
+            f"test targets of shape {values.shape} where labels of classes are needed, shape (M,), or a one-hot column "
+            f"for each of {len(train.classes)}, since train targets were taken as {train.words}"
+        )
+    found = _encoded(labels, train.classes, is_binary=train.is_binary)
+    assert found.codes is not None
+    unknown, note = int((found.codes < 0).sum()), ""
+    if unknown:
+        note = f"; {unknown} test samples of classes that training does not have count as wrong"
+    if train.codes is not None and (lacking := int((~np.isin(found.codes, train.codes)).sum()) - unknown):
+        note += f"; {lacking} test samples are of classes of which there is no train sample"
+    return replace(found, note=note)
 
 
-def note_on_unknown(test: Targets) -> str:
-    """What a message adds where the test set has classes that training does not have; else nothing."""
-    count = 0 if test.codes is None else int((test.codes < 0).sum())
-    if not count:
-        return ""
-    return f"; {count} test samples of classes that training does not have count as wrong"
+def as_values(targets: Any) -> NDArray[Any]:
+    """Targets as an array of numbers or text, or one of objects that are the categories of a categorical.
 
-
-def as_values(targets: ArrayLike) -> NDArray[Any]:
-    """Targets as an array: of objects that are all numbers one of numbers, of bytes one of text."""
+    Objects that are all numbers become numbers. Raises ConfigError for other objects, NonFiniteError for missing ones.
+    """
+    given = targets
+    if hasattr(given, "detach"):  # a tensor, wherever it is and whether or not it has a gradient
+        given = given.detach().cpu()
+        given = given.float() if str(given.dtype) == "torch.bfloat16" else given
+    if np.ma.is_masked(given):
+        raise NonFiniteError("targets have masked entries; leave these samples out, or fill them")
     try:
-        values = np.asarray(targets)
+        values = np.asarray(given)
+        if values.dtype.kind in "ST":
+            values = values.astype(np.str_ if values.dtype.kind == "S" else object)
+        if values.dtype.kind == "U" and not hasattr(given, "dtype"):
+            # NumPy makes text of everything that is beside text in a list.
+            objects = np.asarray(given, object)
+            values = values if all(isinstance(one, str) for one in objects.reshape(-1).tolist()) else objects
+        if hasattr(getattr(given, "dtype", None), "categories") and values.dtype.kind not in "biu":
+            values = values.astype(object)
+            _require_all(values)
+            return values
+        return _narrowed(values) if values.dtype.kind == "O" else values
     except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"targets that are no array ({error}); needed numbers or labels, (N,) or (N, O)") from None
-    if values.dtype.kind == "S":
-        return values.astype(np.str_)
-    if values.dtype.kind == "O" and all(isinstance(one, _NUMBERS) for one in values.reshape(-1).tolist()):
-        narrow = np.array(values.tolist(), None if values.ndim == 1 else np.float64)
-        return narrow if narrow.shape == values.shape else values
-    return values
+
+
+def _narrowed(values: NDArray[Any]) -> NDArray[Any]:
+    """Objects that are all text, or all numbers, which become such; integers beyond int64 are labels."""
+    flat = values.reshape(-1).tolist()
+    there = [one for one in flat if not _is_missing(one)]
+    are_numbers = all(isinstance(one, Number | np.bool_) for one in there)
+    if not are_numbers and not all(isinstance(one, str) for one in there):
+        if all(isinstance(one, str | bytes) for one in there):
+            return np.array([one.decode() if isinstance(one, bytes) else one for one in flat]).reshape(values.shape)
+        names = ", ".join(sorted({type(one).__name__ for one in flat}))
+        raise ConfigError(f"labels of several types, or none that is known ({names}); needed all integers, or all text")
+    _require_all(values)
+    if not are_numbers:
+        return values
+    narrow = np.array(flat, None if values.ndim == 1 else np.float64)
+    if narrow.dtype.kind == "O" and not all(isinstance(one, int) for one in flat):
+        narrow = narrow.astype(np.float64)  # of decimals and fractions
+    return narrow.reshape(values.shape)
+
+
+def _is_missing(one: Any) -> bool:
+    return type(one).__name__ in _MISSING or (isinstance(one, float | np.floating) and bool(np.isnan(one)))
+
+
+def _require_all(values: NDArray[Any]) -> None:
+    missing = [
+        place for place, one in enumerate(values.reshape(len(values), -1).tolist()) if any(map(_is_missing, one))
+    ]
+    if missing:
+        raise NonFiniteError(
+            f"targets of {len(missing)} samples are missing (None, NaN or NA), the first of sample {missing[0]}; leave "
+            "these samples out"
+        )
 
 
 def _values(targets: ArrayLike) -> NDArray[Any]:
@@ -138,23 +210,80 @@ def _values(targets: ArrayLike) -> NDArray[Any]:
 def _are_labels(values: NDArray[Any], task: Task) -> bool:
     is_column = values.size == len(values)
     if task in {"classification", "binary"}:
-        if not is_column or (values.dtype.kind == "f" and not _are_integers(values)):
-            raise ConfigError(f"task={task!r} and targets of shape {values.shape}; needed labels, shape (N,)")
+        if is_column and (values.dtype.kind in "biuUO" or _are_integers(values)):
+            return True
+        if _of_one_hot(values) is None:
+            how = "one-hot columns" if not is_column else "integers or text: other floats are no labels"
+            raise ConfigError(
+                f"task={task!r} and targets of shape {values.shape} and dtype {values.dtype}; needed labels, shape "
+                f"(N,), or {how}"
+            )
         return True
-    if values.ndim != 1 or values.dtype.kind not in "iubUSO":
-        return False
-    if values.dtype.kind in "iu" and len(values) > _FEWEST_DOUBTFUL and len(np.unique(values)) == len(values):
+    if values.dtype.kind in "UO":
+        return is_column
+    return values.ndim == 1 and values.dtype.kind in "iub"
+
+
+def _doubt(values: NDArray[Any]) -> None:
+    """Say so where integers may as well be numbers, such as ages, years or counts."""
+    classes = np.unique(values)
+    count, size, least, most = len(classes), len(values), int(classes[0]), int(classes[-1])
+    is_many = size > _FEWEST_DOUBTFUL and 2 * count > size
+    is_counted = least in {0, 1} and count > _LEAST_DENSITY * (most + 1 - least)
+    if not is_many and (count <= _MOST_UNCOUNTED or is_counted):
+        return
+    if is_many and count == size:
         raise ConfigError(
-            f"{len(values)} integers as targets, all of them different: classes, or numbers? Give "
+            f"{size} integers as targets, all of them different: classes, or numbers? Give "
             "task='classification' or task='regression'"
         )
-    return True
+    warnings.warn(
+        f"{size} integers as targets, from {least} to {most}, are taken as labels of {count} classes; if they are "
+        "numbers, give task='regression', and if not, task='classification'",
+        stacklevel=2,
+    )
 
 
 def _are_integers(values: NDArray[Any]) -> bool:
     # Larger ones are no labels, and int64 may not hold them.
-    is_small = np.isfinite(values).all() and np.abs(values).max() < 2**53
+    is_small = values.dtype.kind in "biuf" and np.isfinite(values).all() and np.abs(values).max() < 2**53
     return bool(is_small and (values == np.round(values)).all())
+
+
+def _of_one_hot(values: NDArray[Any]) -> NDArray[np.int64] | None:
+    """The number of the column that is 1 where all others are 0; None of other values."""
+    if values.ndim != 2 or values.shape[1] < 2 or values.dtype.kind not in "biuf":
+        return None
+    is_one = values == 1
+    is_one_hot = (is_one | (values == 0)).all() and (is_one.sum(axis=1) == 1).all()
+    return is_one.argmax(axis=1) if is_one_hot else None
+
+
+def _require_alike(labels: NDArray[Any], train: Targets) -> None:
+    """Refuse test labels that cannot be any of the train set's: text for numbers, numbers for text, fractions."""
+    assert train.classes is not None
+    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+        raise NonFiniteError("test targets hold NaN or infinity, which are labels of no class")
+    are_text = [array.dtype.kind == "U" or isinstance(array.tolist()[0], str) for array in (labels, train.classes)]
+    is_fraction = labels.dtype.kind == "f" and train.classes.dtype.kind in "biu" and not _are_integers(labels)
+    if labels.dtype.kind not in "biufUO" or are_text[0] != are_text[1] or is_fraction:
+        shown = ", ".join(map(repr, train.classes.tolist()[:5])) + (", …" if len(train.classes) > 5 else "")
+        raise ConfigError(
+            f"test targets of dtype {labels.dtype}, such as {labels.tolist()[0]!r}, and train targets that were taken "
+            f"as {train.words} ({shown}); needed labels of the same type, or task='regression' at the fit"
+        )
+
+
+def _real_as(values: NDArray[Any], train: Targets) -> Targets:
+    """Test targets of a predictor of numbers."""
+    shown, needed = values.size // len(values), train.matrix.shape[1]
+    if values.dtype.kind not in "biuf" or shown != needed:
+        raise ConfigError(
+            f"test targets have {shown} columns of dtype {values.dtype}, and train targets {needed}, taken as "
+            f"{train.words}; they must match. For classes, give labels or one-hot columns with task='classification' "
+            "at the fit"
+        )
+    return _real(values, warns=False)
 
 
 def _real(values: NDArray[Any], *, warns: bool) -> Targets:
@@ -162,7 +291,8 @@ def _real(values: NDArray[Any], *, warns: bool) -> Targets:
         raise ConfigError(f"real targets of dtype {values.dtype}; needed real numbers, or labels of classes, (N,)")
     matrix = values.reshape(len(values), -1).astype(np.float64)
     if not np.isfinite(matrix).all():
-        raise NonFiniteError("targets hold NaN or infinity")
+        first = int(np.flatnonzero(~np.isfinite(matrix).all(axis=1))[0])
+        raise NonFiniteError(f"targets hold NaN or infinity, first in sample {first}; leave such samples out")
     require_range("the largest target", float(np.abs(matrix).max(initial=0.0)))
     found = Targets(matrix, None, None, values.ndim == 1)
     if warns and matrix.shape[1] == 1 and len(matrix) > 2 and _are_integers(matrix):
@@ -189,11 +319,20 @@ def _classes_of(labels: NDArray[Any], num_outputs: int | None, task: Task) -> ND
     if num_outputs is None or num_outputs == len(classes):
         return classes
     if labels.dtype.kind in "iu" and classes[0] >= 0 and classes[-1] < num_outputs:
+        if classes[0]:
+            warnings.warn(
+                f"labels from {classes[0]} to {classes[-1]} for {num_outputs} outputs are taken as numbers of outputs, "
+                "which count from 0; if these labels count from 1, give labels - 1",
+                stacklevel=2,
+            )
         return np.arange(num_outputs, dtype=labels.dtype)
     shown = ", ".join(map(repr, classes[:5].tolist())) + (", …" if len(classes) > 5 else "")
+    others = f"real targets of {num_outputs} columns (task='regression')"
+    if num_outputs == 1:
+        others = "task='regression' for numbers, task='binary' for labels of two"
     raise ConfigError(
         f"targets are labels of {len(classes)} classes ({shown}) for {num_outputs} outputs; needed a class for each, "
-        f"integers from 0 to {num_outputs - 1}, or real targets of {num_outputs} columns"
+        f"integers from 0 to {num_outputs - 1}, or {others}"
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from ntkpipe.base.arguments import checked, with_arguments_of
 from ntkpipe.base.config import ComputeDtype, KernelSpec, MemoryLimit, RealDtype, RunSpec, spec_of
 from ntkpipe.base.errors import ConfigError, StoreMismatchError, TileError
+from ntkpipe.base.progress import Phase
 from ntkpipe.base.tables import as_table
 from ntkpipe.build.from_model import ModelSource
 from ntkpipe.build.life import Place, fill, require_same
@@ -102,7 +103,9 @@ def compute_kernel(
     arguments, place = locals(), Place.at(store, mode, grow=grow)
     request = Request.of(arguments, stored=place.existing)
     with exact_single_thread(request.kernel.compute_dtype):
-        source = ModelSource.of(request, find_resources(request, client, code, progress), Samples.inspect)
+        resources = find_resources(request, client, code, progress)
+        with Phase("prepare", enabled=progress):
+            source = ModelSource.of(request, resources, Samples.inspect)
         return KernelStore(fill(place, source, progress=progress))
 
 

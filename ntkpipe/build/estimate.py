@@ -77,7 +77,7 @@ class ClusterEstimate:
         if rate is not None:
             disk = f"{format_seconds(self.write_seconds)} at {rate:,} B/s"
         gflops = (cluster.flops_per_second or 0) / 1e9
-        block = f"up to {plan.edge} × {plan.edge} tiles, {format_seconds(self.block_seconds)}"
+        block = f"up to {plan.height} × {plan.width} tiles, {format_seconds(self.block_seconds)}"
         memory = f"{format_bytes(plan.memory_bytes)}; limit {format_bytes(plan.machine.memory_limit)}"
         parts = f"{format_seconds(START_SECONDS)} of start-up, {format_seconds(self.even_seconds)} of computing"
         wait = f"up to {format_seconds(self.balance_seconds)} of waiting for the last block"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.errors import ConfigError, Interrupted, NonFiniteError, StoreFullError, StoreMismatchError, TileError
 from ntkpipe.base.grid import Span
-from ntkpipe.base.progress import show_progress
+from ntkpipe.base.progress import Phase, show_progress
 from ntkpipe.store import growth
 from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.growth import ChunkKey, OldEntries, aside, ragged
@@ -198,7 +198,7 @@ def fill(place: Place, source: TileSource, *, progress: bool) -> Store:
         growth.undo_cut_growth(place.existing)
     work, store = place.work(source), place.existing
     if store is None:
-        settled = source.settle(work)
+        settled = _settled(source, work, progress)
         if place.starts_over:
             prepare_path(place.medium, "w")
         store = Store.create(place.medium, settled.manifest)
@@ -211,7 +211,7 @@ def fill(place: Place, source: TileSource, *, progress: bool) -> Store:
         if not any(work.left.values()):
             growth.end_growth(store)
             return store
-        settled = source.settle(work)
+        settled = _settled(source, work, progress)
         if work.manifest != store.manifest:
             # What is stored then depends only on the manifest and its history, not on when runs were interrupted.
             old = OldEntries.of(store, store.manifest.earlier())
@@ -236,7 +236,8 @@ def rewrite(store: Store, chunks: frozenset[ChunkKey], source: TileSource, *, pr
         tiles = chunks - _write_data(store, source, chunks)
     if not tiles:
         return
-    settled = source.settle(Work(store.medium, store, store.manifest, Counter(name for name, _ in tiles)))
+    work = Work(store.medium, store, store.manifest, Counter(name for name, _ in tiles))
+    settled = _settled(source, work, progress)
     # A tile at the former edge of a store that grew has entries from before and after: the earlier come first, aside.
     for before, after in pairwise((*store.manifest.earlier(), store.manifest)):
         arrays = aside(store, before)
@@ -246,6 +247,11 @@ def rewrite(store: Store, chunks: frozenset[ChunkKey], source: TileSource, *, pr
                 arrays[name].create()
             _write(store, settled, progress=progress, wanted=frozenset(wanted), before=before)
     _write(store, settled, progress=progress, wanted=tiles)
+
+
+def _settled(source: TileSource, work: Work, progress: bool) -> TileSource:
+    with Phase("plan and self-check", enabled=progress):
+        return source.settle(work)
 
 
 def _write(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from ntkpipe.base.errors import ResourceError
@@ -98,7 +99,8 @@ class Plan:
     subtile: int
     batch: int
     hold: int  # row strips that a worker holds while it streams column strips past: of several tiles, or of one
-    edge: int  # tiles along a block's edge
+    height: int  # tile rows of a block
+    width: int  # tile columns of a block
     pair_flops: float  # operations of all contractions
     jacobian_flops: float = 0.0  # operations of all Jacobians, including recomputation
     recompute_factor: float = 0.0  # how often the average Jacobian is computed, at most
@@ -145,19 +147,19 @@ class Plan:
     def block_seconds(self) -> float:
         """Computing time of a whole block, or of a kernel that is smaller than one: its share of all pairs."""
         num_pairs = [grid.num_pairs for grid in self.workload.grids.values()]
-        share = min(max(num_pairs), (self.edge * self.workload.tile) ** 2) / sum(num_pairs)
+        share = min(max(num_pairs), self.height * self.width * self.workload.tile**2) / sum(num_pairs)
         return self.worker_seconds * share
 
     @property
     def num_tasks(self) -> int:
         """Number of :meth:`tasks`."""
-        blocks = sum(grid.num_blocks(self.edge) for grid in self.workload.grids.values())
+        blocks = sum(grid.num_blocks(self.height, self.width) for grid in self.workload.grids.values())
         return blocks + -(-self.workload.num_test // self.workload.tile)
 
     def tasks(self) -> Iterator[BlockTask]:
         """Every task, lazily; a task itself skips what is already done."""
         for name, grid in self.workload.grids.items():
-            for block in grid.blocks(self.edge):
+            for block in grid.blocks(self.height, self.width):
                 yield BlockTask(name, block)
         for tile in range(-(-self.workload.num_test // self.workload.tile)):
             yield BlockTask("kernel/test_diagonal", Block(tile, tile + 1, 0, 1))
@@ -199,7 +201,7 @@ class Plan:
             ("kernels", kernels),
             ("tile", f"{load.tile} samples, {load.tile * load.num_covectors} rows, {format_bytes(load.tile_bytes)}"),
             ("tiles", f"{load.num_tiles:,}, of which {self.tiles_done:,} exist"),
-            ("blocks", f"{self.num_tasks:,}, of up to {self.edge} × {self.edge} tiles"),
+            ("blocks", f"{self.num_tasks:,}, of up to {self.height} × {self.width} tiles"),
             ("to write", f"{format_bytes(self.bytes_to_write)}; {disk}"),
             ("operations", f"{self.flops / 1e9:,.1f} GFLOP, {self.jacobian_flops / self.flops:.0%} of them Jacobians"),
             ("recompute factor", f"{self.recompute_factor:.2f} (Jacobians computed per sample)"),
@@ -300,15 +302,16 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
     num_samples = workload.num_samples
     everything = num_samples * cost.block_bytes
 
-    def with_edge(edge: int) -> Plan:
+    def shaped(height: int, width: int) -> Plan:
         plan = Plan(
             workload=workload,
             machine=machine,
             strip=strip,
             subtile=subtile,
             batch=batch,
-            hold=max(1, min(affordable_strips - 1, edge if strips == 1 else strips)),
-            edge=edge,
+            hold=height if strips == 1 else max(1, min(affordable_strips - 1, strips)),
+            height=height,
+            width=width,
             pair_flops=sum(grid.num_pairs for grid in workload.grids.values()) * cost.pair_flops,
         )
         factor = _strip_visits(plan) / num_samples
@@ -320,25 +323,27 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
                 factor = min(factor, float(machine.processes))
         return replace(plan, recompute_factor=factor, jacobian_flops=factor * num_samples * cost.jacobian_flops)
 
-    plan = min(map(with_edge, _edges(workload, machine)), key=_seconds_to_the_end)
+    shapes = _shapes(workload, machine, most_rows=affordable_strips - 1 if strips == 1 else _MAX_EDGE)
+    plan = min((shaped(*shape) for shape in shapes), key=_seconds_to_the_end)
     if plan.cache_bytes >= everything and not machine.is_remote:
         # No strip is computed twice whatever the blocks are: the smallest ones balance the workers best.
-        plan = replace(plan, edge=1, hold=min(plan.hold, strips))
+        plan = replace(plan, height=1, width=1, hold=min(plan.hold, strips))
     memory_bytes = int(machine.base_memory + plan.cache_bytes + machine.workers * _worker_bytes(plan))
     return replace(plan, memory_bytes=memory_bytes)
 
 
-def _edges(workload: Workload, machine: Machine) -> list[int]:
-    """Block edges to choose from: the largest that leaves each worker several blocks, none of them too long."""
+def _shapes(workload: Workload, machine: Machine, most_rows: int) -> list[tuple[int, int]]:
+    """Heights and widths of blocks to choose from, of which each worker has several and none takes too long."""
     tile_seconds = workload.tile**2 * workload.cost.pair_flops / machine.flops_per_second
-    blocks = {edge: sum(grid.num_blocks(edge) for grid in workload.grids.values()) for edge in range(1, _MAX_EDGE + 1)}
-    short = [edge for edge in blocks if edge**2 * tile_seconds <= _BLOCK_SECONDS]
-    largest = max((edge for edge in short if blocks[edge] >= _BLOCKS_PER_WORKER * machine.num_workers), default=1)
-    if not machine.is_remote:
-        return [largest]
-    # Processes that share no strips may do better with smaller blocks, which keep all of them busy until the end.
-    most = _MOST_BLOCKS_PER_WORKER * machine.num_workers
-    return [largest, *(edge for edge in range(largest - 1, 0, -1) if blocks[edge] <= most)]
+    heights, widths = range(1, min(_MAX_EDGE, most_rows) + 1), range(1, _MAX_EDGE + 1)
+    counts = {
+        (height, width): sum(grid.num_blocks(height, width) for grid in workload.grids.values()) / machine.num_workers
+        for height, width in product(heights, widths)
+        if height * width * tile_seconds <= _BLOCK_SECONDS
+    }
+    enough = {shape: count for shape, count in counts.items() if count >= _BLOCKS_PER_WORKER}
+    fewest = min(enough.values(), default=0)
+    return [s for s, count in enough.items() if count <= max(fewest, _MOST_BLOCKS_PER_WORKER)] or [(1, 1)]
 
 
 def _seconds_to_the_end(plan: Plan) -> float:
@@ -375,22 +380,25 @@ def _strip_visits(plan: Plan) -> float:
     visits = float(load.num_test)
     for grid in load.grids.values():
         if parts == 1 or plan.rows_held > 1:
-            # Each column tile is streamed once for each group of rows; rows are computed once a block.
-            visits += _tile_visits(grid, plan.edge, plan.rows_held) * load.tile
+            visits += _tile_visits(grid, plan) * load.tile
         else:
             # Parts of one row tile are held in turn: columns pass once for each part, rows again for each column.
             visits += grid.num_tiles * load.tile * (1 + parts)
     return max(visits, float(load.num_samples))
 
 
-def _tile_visits(grid: Grid, edge: int, height: int) -> int:
-    """Tiles of rows and of columns that pass in all blocks, where ``height`` rows are held together."""
-    visits, columns = 0, grid.columns.num_tiles
-    for row in range(0, grid.rows.num_tiles, edge):
-        stop = min(row + edge, grid.rows.num_tiles)
-        blocks = -(-(columns - (row if grid.symmetric else 0)) // edge)
-        for first in range(row, stop, height):
-            last = min(first + height, stop)
+def _tile_visits(grid: Grid, plan: Plan) -> int:
+    """Tiles of rows and of columns whose strips are computed, where ``rows_held`` rows are held together."""
+    # Blocks are handed out row by row, and a worker keeps the rows of its last block: where those of a whole block are
+    # held, each worker computes them once for all blocks beside each other. Columns pass once for each group of rows.
+    visits, columns, held = 0, grid.columns.num_tiles, plan.rows_held
+    for row in range(0, grid.rows.num_tiles, plan.height):
+        stop = min(row + plan.height, grid.rows.num_tiles)
+        blocks = -(-(columns - (row if grid.symmetric else 0)) // plan.width)
+        if held >= plan.height:
+            blocks = min(blocks, plan.machine.num_workers)
+        for first in range(row, stop, held):
+            last = min(first + held, stop)
             # In a block on the diagonal the first columns are the rows that are held.
             visits += blocks * (last - first) + columns - (last if grid.symmetric else 0)
     return visits

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from time import perf_counter
 from typing import Any
 
@@ -29,7 +29,7 @@ from ntkpipe.jacobian.self_check import CheckReport, self_check
 from ntkpipe.store.store import Store
 
 _SHARE_OF_MEMORY = 0.7  # of the free memory, for a run without a memory limit
-_COST_BATCH = 8
+_COST_BATCH = 4
 _TIMED_SECONDS = 0.2  # long enough for the time of a batch of Jacobians to be reliable
 _STRIPS = 4  # Jacobian strips that a worker holds at once
 # Memory of a worker outside of tensors (scratch of BLAS and oneDNN, freed memory that the allocator keeps), measured
@@ -303,8 +303,9 @@ def time_jacobians(plan: Plan, prepared: Prepared, engine: Engine) -> Plan:
         size = min(4 * size, plan.batch)
 
 
+@cache
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Rates of one thread of the device; that of matrix products is measured, as the best of a few tries."""
+    """Rates of one thread of the device, once a process; that of products is measured, as the best of a few tries."""
     # The other is a fixed ratio of it: it decides representations, and so bits, whatever else runs on the machine.
     sizes = sizes_of(device)
     left: Tensor = torch.ones((sizes.rate_size, sizes.rate_size), dtype=dtype, device=device)

@@ -14,11 +14,10 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task
-from ntkpipe.learning.regression.sources import OfTargets
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.blocks import as_block, as_targets
 from ntkpipe.solvers.inverse.contract import INDEFINITE
-from ntkpipe.solvers.result import Monitor, Status, ignore, recorded
+from ntkpipe.solvers.result import Monitor, OfTargets, Status, ignore, recorded
 from ntkpipe.solvers.spectral.krylov import BlockLanczos, Stepping, TopEigenvalue, is_due, steps_that_fit
 from ntkpipe.store.results import Checkpoint
 
@@ -171,7 +170,7 @@ def dynamics(
         largest_eigenvalue=max(flow.largest, training.top.value),
         num_steps=space.num_steps,
         dimension=space.dimension,
-        targets=encoded.words,
+        **encoded.fields,
     )
 
 

@@ -104,6 +104,11 @@ def _section(chapter: Chapter, gathered: Gathered) -> Section:
     intro, notes = list(chapter.intro), []
     if targets := getattr(found, "targets", ""):  # which results of older versions do not say
         intro.append(f"Targets were taken as {targets}.")
+        if found.choice:
+            intro[-1] += (
+                " Their values alone said so; if they are something else, give the steps task=, or `ntkpipe report` "
+                "--task: regression, classification or binary."
+            )
     if not found.is_converged:
         notes.append(f"This is not as exact as was asked for ({found.status}): {found.message}.")
     return Section(name, chapter.title, tuple(intro), (*parts, *notes), missing)

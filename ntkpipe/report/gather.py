@@ -2,7 +2,9 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -13,7 +15,8 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import absolute_ridge
 from ntkpipe.base.errors import ConfigError, IndefiniteError, NonFiniteError, ResourceError
 from ntkpipe.base.operator import Work
-from ntkpipe.base.targets import Targets, Task, encode
+from ntkpipe.base.progress import Phase
+from ntkpipe.base.targets import Targets, Task, encode, encode_test
 from ntkpipe.learning.gaussian.calibration import Calibration, calibration
 from ntkpipe.learning.regression.ridge_path import Best, RidgePath
 from ntkpipe.report.parts import Part
@@ -42,7 +45,16 @@ _MOST_BINS = 300  # rows of the picture of a kernel: a screen shows no more
 class Gathered:
     """Everything on a page: what the store keeps, and results of steps on one kernel, saved ones or else new ones."""
 
-    def __init__(self, store: KernelStore, array: str, across: Mapping[str, Any], run: Run | None) -> None:
+    def __init__(
+        self,
+        store: KernelStore,
+        array: str,
+        across: Mapping[str, Any],
+        run: Run | None,
+        task: Task | None = None,
+        *,
+        progress: bool,
+    ) -> None:
         self.store, self.kernel, self._run = store, find_kernel(store, array), run
         self.results: dict[str, Any] = {}  # by step, those of chapters
         self.missing: dict[str, str] = {}  # step → why it has no result, and how to get it, in one sentence
@@ -50,12 +62,15 @@ class Gathered:
         self.measured = np.nan, np.nan  # accuracy and loss on the test set there, if they are known
         # What targets were taken for in a step is what they are for the rest of the page.
         known = (self._saved(name) for name in ("regression", "alignment", "generalisation", "gaussian_process"))
-        self._task: Task = next((one.options.get("task", "auto") for one in known if one is not None), "auto")
+        saved: Task = next((one.options.get("task", "auto") for one in known if one is not None), "auto")
+        self._task = saved if task is None else task
+        self.targets, self.test_targets = _encoded(store, self._task)
         begin = perf_counter()
         # The order of samples in a picture, and means of blocks: rows of the picture, and classes if there are any
-        self.arrangement = arrange(_encoded(store, self._task), self.kernel.grid.rows.num_samples)
+        self.arrangement = arrange(self.targets, self.kernel.grid.rows.num_samples)
         groupings = (self.arrangement.bins, self.arrangement.classes)
-        self.means = block_means(self.kernel, [labels for labels in groupings if labels is not None])
+        with Phase("picture of the kernel", enabled=progress):
+            self.means = block_means(self.kernel, [labels for labels in groupings if labels is not None])
         picture = perf_counter() - begin
         self.work = Work(1.0, seconds=picture)  # passes and bytes of what was done for the page
         self._find_all(across)
@@ -97,10 +112,10 @@ class Gathered:
     def _find(self, name: str, lacking: str | None, asked: Mapping[str, Any]) -> None:
         """The saved result if it has the options that are asked for; else a new one, if the store lacks nothing."""
         found = None if lacking else self._saved(name)
-        if lacking or (found is not None and self._has(found.options, asked)):
+        if lacking or (found is not None and self._has(found.options, asked) and self._is_alike(found)):
             pass
         elif self._run is None:
-            what = "this" if found is None else "this at these ridges"
+            what = "this" if found is None else "this at these ridges, for targets that are taken for the same"
             how = f"write the report without saved_only (--saved-only), or compute {name} first"
             lacking = f"No step has saved {what}; {how}."
         else:
@@ -121,12 +136,20 @@ class Gathered:
             return bool(ridge == asked["ridge"])
         return asked.items() <= given.items()
 
+    def _is_alike(self, found: Result) -> bool:
+        """Whether targets were taken for what they are on this page."""
+        said = getattr(found, "targets", "")  # which results of older versions do not say
+        return not said or self.targets is None or said == self.targets.words
+
     def _calibrations(self) -> tuple[Calibration, ...]:
         posterior, targets = self.results.get("gaussian_process"), self.store.test_targets
         if posterior is None or targets is None:
             return ()
+        # Posteriors of older versions do not say which classes their outputs are; the train targets do.
+        classes = None if posterior.targets or self.targets is None else self.targets.classes
+        judge = partial(calibration, posterior, targets, classes=posterior.classes or classes)
         try:
-            return calibration(posterior, targets, scale="likelihood"), calibration(posterior, targets, scale=1.0)
+            return judge(scale="likelihood"), judge(scale=1.0)
         except ConfigError as error:  # a posterior that cannot be judged is not shown
             self.missing["gaussian_process"] = str(error)
             return ()
@@ -152,17 +175,16 @@ def choose(path: RidgePath) -> Best:
     return Best(criterion=criterion, index=index, ridge=float(path.ridges[index]), value=np.nan)
 
 
-def _encoded(store: KernelStore, task: Task) -> Targets | None:
-    """Train targets, encoded; None if there are none or it is unclear what they are, which analyses warn of."""
-    if store.targets is None:
-        return None
-    with warnings.catch_warnings():
+def _encoded(store: KernelStore, task: Task) -> tuple[Targets | None, Targets | None]:
+    """Train and test targets, encoded; None if there are none or it is unclear what they are, which analyses say."""
+    train = test = None
+    with warnings.catch_warnings(), suppress(ConfigError, NonFiniteError):
         warnings.simplefilter("ignore")
-        try:
+        if store.targets is not None:
             width = store.manifest.num_covectors
-            return encode(store.targets, task=task, num_outputs=width if width > 1 else None)
-        except (ConfigError, NonFiniteError):
-            return None
+            train = encode(store.targets, task=task, num_outputs=width if width > 1 else None)
+            test = None if store.test_targets is None else encode_test(store.test_targets, train)
+    return train, test
 
 
 @dataclass(frozen=True)
@@ -184,8 +206,9 @@ def arrange(targets: Targets | None, num_samples: int) -> Arrangement:
     classes, order = None, "as stored"
     key: NDArray[Any] = np.arange(num_samples)
     if targets is not None and targets.classes is not None and targets.codes is not None:
-        names, order = tuple(map(str, targets.classes.tolist())), "sorted by class"
-        key = classes = targets.codes
+        there, classes = np.unique(targets.codes, return_inverse=True)  # a full NTK has outputs for others, too
+        names, order = tuple(map(str, targets.classes[there].tolist())), "sorted by class"
+        key = classes
         bounds = tuple(int(end) for end in np.bincount(classes).cumsum()[:-1])
     elif targets is not None and targets.matrix.shape[1] == 1:
         key, order = targets.matrix[:, 0], "sorted by target"

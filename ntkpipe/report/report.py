@@ -13,6 +13,7 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows, as_table
+from ntkpipe.base.targets import Task
 from ntkpipe.report.gather import Gathered
 from ntkpipe.steps.run import run_step
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
@@ -75,6 +76,7 @@ def write_report(
     array: str = "train",
     ridges: Sequence[float] | None = None,
     ridge_scale: RidgeScale = None,
+    task: Task | None = None,
     memory_limit: MemoryLimit = None,
     client: "Client | None" = None,
     progress: bool = True,
@@ -99,6 +101,9 @@ def write_report(
         Ridges λ of the regressions. Default those of saved results, or of the analyses.
     ridge_scale
         Unit of the ridges: None is absolute, ``"mean_diagonal"`` the mean of the diagonal.
+    task
+        What targets are, as for :class:`ntkpipe.KernelRegression`. Saved results that took them for something else are
+        computed anew. Default what saved results took them for, else ``"auto"``.
     memory_limit
         Bytes that this process may have, or text such as ``8GiB``. Default what is available; with a client: of each
         worker.
@@ -134,7 +139,7 @@ def write_report(
     across = {} if ridges is None else {"ridges": list(ridges), "ridge_scale": ridge_scale}
     run = partial(run_step, opened, array=array, memory_limit=budget, client=client, progress=progress)
     with reading_results(opened.path):
-        gathered = Gathered(opened, array, across, None if saved_only else run)
+        gathered = Gathered(opened, array, across, None if saved_only else run, task, progress=progress)
         from ntkpipe.report.compose import compose, render_page  # loads matplotlib and jinja2
 
         page = compose(gathered)

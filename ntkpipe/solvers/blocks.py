@@ -35,9 +35,15 @@ def as_targets(targets: ArrayLike, operator: Operator, task: Task) -> tuple[Targ
         are_labels = task in {"classification", "binary"} or (task == "auto" and is_flat)
         width = n // count if are_labels or values.size == n else 1
     if count * width != n:
-        raise ConfigError(f"targets of shape {values.shape}; needed ({n},) or ({n}, c)")
-    found = encode(values, task=task, num_outputs=width if width > 1 else None)
+        raise ConfigError(
+            f"targets of shape {values.shape}; needed ({n},) or ({n}, c), or for kernels of several rows a sample a "
+            "column or a class for each of these, labels that are floats with task='classification'"
+        )
+    found = encode(targets, task=task, num_outputs=width if width > 1 else None)
     if found.classes is not None and width == 1 and (operator.rows_per_sample or 1) > 1:
-        raise ConfigError(f"labels of {n} rows where each sample has several; needed a label of each sample")
+        raise ConfigError(
+            f"labels of {n} rows where each sample has several; needed a label of each sample, or "
+            "task='regression' for integers that are numbers"
+        )
     rows = np.ascontiguousarray(found.rows(width))
     return found, rows, (n,) if found.is_flat or width > 1 else rows.shape

@@ -16,6 +16,7 @@ from ntkpipe.base.config import Budget
 from ntkpipe.base.operator import Work
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows, as_table
+from ntkpipe.base.targets import Label
 from ntkpipe.operators.opening import open_for_solver
 
 P = ParamSpec("P")
@@ -116,6 +117,30 @@ class Result:
 
     def __str__(self) -> str:
         return as_table(self.rows())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfTargets(Result):
+    """A result that depends on targets."""
+
+    # What they were taken for, such as "10 classes, one-hot"; empty for coefficients, and in results of versions before
+    targets: str = ""
+    classes: tuple[Label, ...] | None = None  # labels of classes in the order of columns; none for real targets
+    is_binary: bool = False  # whether two classes share a column, of -1 and +1
+
+    @property
+    def choice(self) -> str:
+        """How to have targets taken for something else, where nothing but their values said what they are."""
+        if self.options.get("task") != "auto" or not self.targets:
+            return ""
+        other = "'classification' takes labels" if "real target" in self.targets else "'regression' takes numbers"
+        return f"by task='auto'; task={other}"
+
+    def rows(self) -> TableRows:
+        """See :meth:`Result.rows`."""
+        status, *others = super().rows()
+        said = self.targets + (f" ({self.choice})" if self.choice else "")
+        return [status, *([("targets", said)] if said else []), *others]
 
 
 def _restored(annotation: Any, value: Any) -> Any:

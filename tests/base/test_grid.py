@@ -37,9 +37,9 @@ def test_rows_of_a_tile_are_whole_samples_and_only_the_last_tile_is_short(axis):
         assert _ends(rows) == (samples.start * axis.num_covectors, samples.stop * axis.num_covectors)
 
 
-@given(grids(), st.integers(1, 9))
-def test_blocks_cover_every_stored_tile_exactly_once(grid, edge):
-    blocks = list(grid.blocks(edge))
+@given(grids(), st.integers(1, 9), st.integers(1, 9))
+def test_blocks_cover_every_stored_tile_exactly_once(grid, height, width):
+    blocks = list(grid.blocks(height, width))
     covered = Counter(
         (row, column)
         for block in blocks
@@ -48,8 +48,8 @@ def test_blocks_cover_every_stored_tile_exactly_once(grid, edge):
         if grid.is_stored(row, column)
     )
     assert covered == Counter(grid.tiles())
-    assert len(blocks) == grid.num_blocks(edge)
-    assert all(0 < len(block.rows()) <= edge and 0 < len(block.columns()) <= edge for block in blocks)
+    assert len(blocks) == grid.num_blocks(height, width)
+    assert all(0 < len(block.rows()) <= height and 0 < len(block.columns()) <= width for block in blocks)
 
 
 @given(grids())

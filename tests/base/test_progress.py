@@ -2,11 +2,13 @@
 
 import io
 from itertools import count
+from time import monotonic
 
+import numpy as np
 import pytest
 
 from ntkpipe.base import progress
-from ntkpipe.base.progress import Passes, Ticks, show_progress
+from ntkpipe.base.progress import Passes, Phase, Ticks, show_progress
 
 
 class Terminal(io.StringIO):
@@ -36,12 +38,13 @@ def test_elsewhere_the_end_is_one_line():
 
 
 def test_elsewhere_a_line_appears_now_and_then_with_rate_and_time_left(monkeypatch):
-    seconds = count(0, 4)  # an item each 4 s, so a line at least each 10 s
+    seconds = count(0, 4)  # an item each 4 s, so a line at least each 8 s
     monkeypatch.setattr(progress, "monotonic", lambda: float(next(seconds)))
     stream = io.StringIO()
     show(7, stream)
     assert stream.getvalue().splitlines() == [
-        "pntk: 3 of 7 tiles, 4.0 s/tile, 16 s left",
+        "pntk: 2 of 7 tiles, 4.0 s/tile, 20 s left",
+        "pntk: 4 of 7 tiles, 4.0 s/tile, 12 s left",
         "pntk: 6 of 7 tiles, 4.0 s/tile, 4 s left",
         "pntk: 7 of 7 tiles, 4.0 s/tile, 0 s left",
     ]
@@ -93,14 +96,14 @@ def run_passes(stream: io.StringIO, residuals: list[float | None], target: float
 
 
 def test_passes_elsewhere_are_lines_now_and_then_with_the_time_left(monkeypatch):
-    seconds = count(0, 6)  # a pass each 6 s, so each second one has a line
+    seconds = count(0, 3)  # a pass each 3 s, so each second one has a line
     monkeypatch.setattr(progress, "monotonic", lambda: float(next(seconds)))
     stream = io.StringIO()
     run_passes(stream, [None, *(10.0**-power for power in range(1, 6))], 1e-6)
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "eigsh: 2 passes, 12 s, residual 1.0e-01 of 1e-06"
+    assert lines[0] == "eigsh: 2 passes, 6 s, residual 1.0e-01 of 1e-06"
     # A digit a pass, and one is left.
-    assert lines[-1] == "eigsh: 6 passes, 36 s, residual 1.0e-05 of 1e-06, about 6 s left"
+    assert lines[-1] == "eigsh: 6 passes, 18 s, residual 1.0e-05 of 1e-06, about 3 s left"
 
 
 def test_a_share_of_work_that_is_left_falls_evenly(monkeypatch):
@@ -116,6 +119,21 @@ def test_no_time_is_promised_where_nothing_falls(residuals):
     stream = Terminal()
     run_passes(stream, residuals, 1e-6)
     assert "left" not in stream.getvalue()
+
+
+def test_work_that_counts_nothing_speaks_all_the_same(monkeypatch):
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.02)
+    stream, silent, terminal = io.StringIO(), io.StringIO(), Terminal()
+    with Phase("eigh", enabled=True, stream=stream), Phase("eigh", enabled=False, stream=silent):
+        deadline = monotonic() + 60
+        while stream.getvalue().count("eigh: at work for ") < 3 and monotonic() < deadline:
+            np.linalg.eigh(np.eye(50))
+    lines = stream.getvalue()
+    assert lines.count("\n") >= 3
+    assert not silent.getvalue()
+    with Phase("eigh", enabled=True, stream=terminal):
+        pass
+    assert "eigh" in terminal.getvalue()
 
 
 def test_passes_that_are_not_shown_print_nothing():

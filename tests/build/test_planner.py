@@ -138,14 +138,14 @@ def test_the_recompute_factor_bounds_the_strips_that_a_run_computes(num_train, n
     assert len(counted) == workload.num_samples
 
 
-@pytest.mark.parametrize("held", [16, 40])
+@pytest.mark.parametrize("held", [16, 24])
 def test_the_recompute_factor_is_no_idle_bound(held):
-    """Where workers keep nothing from block to block, whole tiles cost what it says, or a strip a block less."""
+    """One worker computes what it says, or a strip a block less."""
     cost = Cost(10**6, 1, 0, 1, jacobian_flops=0.0, pair_flops=1e6)
     workload = make_workload(32, 0, 4, 1, cost)
     plan = make_plan(workload, with_room_for(workload, held))
-    counted = sum(run(plan, 32, 0, forget=True).values()) / 32
-    assert 0.9 * plan.recompute_factor <= counted <= plan.recompute_factor
+    counted = sum(run(plan, 32, 0).values()) / 32
+    assert 1 < 0.9 * plan.recompute_factor <= counted <= plan.recompute_factor
 
 
 def test_a_cache_for_everything_computes_each_jacobian_once():
@@ -155,16 +155,15 @@ def test_a_cache_for_everything_computes_each_jacobian_once():
     assert set(run(plan, 32, 9).values()) == {1}
 
 
-def run(plan, num_train: int, num_test: int, *, forget: bool = False) -> dict[float, int]:
-    """Run a plan, perhaps with a new worker for each task; how often each sample's Jacobian was computed."""
+def run(plan, num_train: int, num_test: int) -> dict[float, int]:
+    """Run a plan; how often each sample's Jacobian was computed."""
     x = np.stack([np.arange(num_train + num_test), np.ones(num_train + num_test)], axis=1)
     sources = {"train": ArraySource({"input": x[:num_train]}, num_train)}
     if num_test:
         sources["test"] = ArraySource({"input": x[num_train:]}, num_test)
     engine = LinearEngine()
     job = BuildJob(engine, plan, sources, False, DictSink(), StripCache(plan.cache_bytes), np.dtype("float64"))
-    for tasks in ([task] for task in plan.tasks()) if forget else [plan.tasks()]:
-        list(ThreadExecutor(plan.machine.workers).run(job, tasks))
+    list(ThreadExecutor(plan.machine.workers).run(job, plan.tasks()))
     return engine.counts
 
 
@@ -184,15 +183,15 @@ def test_a_million_samples_are_planned_without_listing_their_tiles():
     assert peak < 2**20
 
 
-@pytest.mark.parametrize(("jacobian_flops", "edges"), [(1e5, {1, 2, 3}), (1e9, {4, 5})])
-def test_blocks_of_many_processes_keep_them_busy_unless_jacobians_are_dear(jacobian_flops, edges):
+@pytest.mark.parametrize(("jacobian_flops", "tiles"), [(1e5, range(1, 10)), (1e9, range(16, 257))])
+def test_blocks_of_many_processes_keep_them_busy_unless_jacobians_are_dear(jacobian_flops, tiles):
     cost = Cost(400, 5000, 10**6, 100, jacobian_flops=jacobian_flops, pair_flops=4000.0)
     workload = make_workload(10**6, 0, 4096, 1, cost)
     plan = make_plan(
         workload, replace(PLENTY, processes=256, is_remote=True, memory_limit=2**30, flops_per_second=1e11)
     )
     assert plan.num_tasks >= 4 * 256
-    assert plan.edge in edges
+    assert plan.height * plan.width in tiles
     idle = plan.block_seconds / (plan.seconds + plan.block_seconds)
     assert (idle < 0.05) == (jacobian_flops < 1e9)
 

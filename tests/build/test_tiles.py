@@ -98,14 +98,17 @@ def assert_equal(sink: DictSink, wanted: dict[Any, np.ndarray]) -> None:
     strip=st.integers(1, 9),
     subtile=st.integers(1, 9),
     hold=st.integers(1, 4),
-    edge=st.integers(1, 4),
+    block=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     cache_bytes=st.sampled_from([0, 100, 10**6]),
     workers=st.integers(1, 3),
 )
-def test_the_kernel_does_not_depend_on_how_it_is_cut(num_train, num_test, tile, width, strip, subtile, **changes):
+def test_the_kernel_does_not_depend_on_how_it_is_cut(
+    num_train, num_test, tile, width, strip, subtile, block, **changes
+):
     tile = min(tile, num_train)
     changes |= {"strip": min(strip, tile), "subtile": min(subtile, strip, tile)}
     plan = make_plan_of(num_train, num_test, tile=tile, width=width, **changes)
+    plan = replace(plan, height=block[0], width=block[1])
     train, test = draw(num_train, width), draw(num_test, width, seed=1) if num_test else None
     sink = DictSink()
     run(plan, sink, train, test)

@@ -1,5 +1,6 @@
 """Small stores with targets and test sets, and dense regressions written out."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,17 @@ def make_store(path: Path, *, kind: str = "pntk", targets: str = "classes", seed
         tile=16,
         progress=False,
     )
+
+
+@dataclass
+class Categorical:
+    """What pandas has for a categorical, as far as it matters here: a dtype with categories, and values."""
+
+    values: Any
+    dtype: Any = field(default_factory=lambda: type("CategoricalDtype", (), {"categories": ()})())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return np.asarray(self.values, dtype)
 
 
 def features(

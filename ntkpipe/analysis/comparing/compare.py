@@ -35,7 +35,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work, digest_of
-from ntkpipe.base.targets import Targets, Task, as_rows, encode, encode_test, note_on_unknown
+from ntkpipe.base.targets import Targets, Task, as_rows, encode, encode_test
 from ntkpipe.learning.regression.sources import CrossKernel
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.checkpoint import Stages
@@ -181,7 +181,7 @@ def compare_kernels(
         method=_method(first, second),
         ridge_a=ridges[0],
         ridge_b=ridges[1],
-        targets="" if goal is None else goal.targets.words,
+        **({} if goal is None else goal.targets.fields),
         a=inputs[0].name,
         b=inputs[1].name,
         kinds=(inputs[0].kind, inputs[1].kind),
@@ -299,7 +299,7 @@ def _goal_of(
     if test_targets is None:
         return _Goal(train, None), ""
     test = encode_test(test_targets, train)
-    return _Goal(train, test), note_on_unknown(test).removeprefix("; ")
+    return _Goal(train, test), test.note.removeprefix("; ")
 
 
 def _predict(

@@ -7,13 +7,13 @@ import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.tables import TableRows
-from ntkpipe.solvers.result import Result
+from ntkpipe.solvers.result import OfTargets
 
 _DTYPES = frozenset({"compute_dtype", "accumulate_dtype", "store_dtype"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison(Result):
+class Comparison(OfTargets):
     """Kernel A beside kernel B, which is the reference: relative numbers are parts of what B has, ratios are A over B.
 
     Where one has a row for each output and the other one row a sample, K, the latter stands for ``K ⊗ I_O``.
@@ -78,7 +78,6 @@ class Comparison(Result):
     test_accuracy_a: float | None = None  # test_accuracy_a, test_accuracy_b: share of classes that they predict
     test_accuracy_b: float | None = None
     prediction_note: str  # why there are no predictions, or what is to be known of them
-    targets: str = ""  # what targets were taken for, such as "10 classes, one-hot"; empty without predictions
 
     @property
     def is_of_dtypes(self) -> bool:
@@ -149,9 +148,8 @@ class Comparison(Result):
         ridges = f"λ = {self.ridge_a:.4g} and {self.ridge_b:.4g}"
         change = "" if self.disagreement is None else f", another column for {self.disagreement:.2%} of test samples"
         note = f"; {self.prediction_note}" if self.prediction_note else ""
-        rows = [("targets", self.targets)] if self.targets else []
         difference = f"‖F_a − F_b‖ / ‖F_b‖ = {self.prediction_difference:.4g}"
-        rows.append(("regression", f"{ridges}: {difference}{change}{note}"))
+        rows = [("regression", f"{ridges}: {difference}{change}{note}")]
         if self.test_accuracy_a is not None:
             rows.append(("test accuracy", f"{self.test_accuracy_a:.2%} and {self.test_accuracy_b:.2%}"))
         if self.test_loss_a is not None:

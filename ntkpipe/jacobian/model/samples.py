@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ntkpipe.base.errors import DataError, NonFiniteError
+from ntkpipe.base.targets import as_values
 from ntkpipe.store.manifest import ArrayRecord, DataRecord
 from ntkpipe.store.store import Store
 
@@ -213,7 +214,7 @@ def as_samples(inputs: object, targets: object = None, *, label: str = "inputs",
     source, is_mapping = _as_source(inputs, label)
     if source.num_samples == 0:
         raise DataError(f"{label} holds no samples; needed at least one")
-    values = None if targets is None else _to_array(targets, f"targets of {label}")
+    values = None if targets is None else _to_array(as_values(targets), f"targets of {label}")
     if values is not None and (values.ndim == 0 or len(values) != source.num_samples):
         raise DataError(f"{label} holds {source.num_samples} samples, its targets have shape {values.shape}")
     parts = inputs if isinstance(inputs, Mapping) else {_SINGLE: inputs}

@@ -12,10 +12,9 @@ from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.tables import TableRows
-from ntkpipe.base.targets import Targets, Task, encode, encode_test, note_on_unknown
+from ntkpipe.base.targets import Targets, Task, as_values, encode_test
 from ntkpipe.learning.gaussian.process import Posterior
-from ntkpipe.learning.regression.sources import OfTargets
-from ntkpipe.solvers.result import recorded
+from ntkpipe.solvers.result import OfTargets, recorded
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _NODES = 64
@@ -86,11 +85,12 @@ def calibration(
     Parameters
     ----------
     posterior
-        A posterior with test samples.
+        A posterior with test samples. Its fit has decided what targets are.
     test_targets
         Labels of classes (M,), or real targets (M,) or (M, O). A class that training does not have counts as wrong.
     classes
-        Labels in the order of the outputs. Default those of the posterior.
+        Labels in the order of the outputs, for a posterior that does not know them: of one-hot columns that were given
+        as real targets, or of an older version. Default those of the posterior.
     scale
         Factor of all variances: 1 takes the kernel as it is; ``"likelihood"`` is ``posterior.scale``, since NTKs are
         not scaled for targets.
@@ -132,7 +132,8 @@ def calibration(
     size = f"{targets.matrix.size:,} numbers of {len(targets.matrix):,} test samples"
     return Calibration(
         status="converged",
-        message=size + note_on_unknown(targets),
+        options={"task": posterior.options.get("task", task)},
+        message=size + targets.note,
         matrix=posterior.matrix,
         levels=np.asarray(levels, np.float64),
         coverage=coverage,
@@ -141,20 +142,29 @@ def calibration(
         scale=factor,
         includes_noise=include_noise,
         edges=np.linspace(0.0, 1.0, bins + 1),
-        targets=targets.words,
+        **targets.fields,
         **table,
     )
 
 
 def _encoded(posterior: Posterior, test_targets: ArrayLike, classes: ArrayLike | None, task: Task) -> Targets:
+    """Test targets, as those of the fit were encoded: they may lack classes, so that nothing is read from them."""
     columns = posterior.mean.shape[1]
-    known = posterior.classes if classes is None else np.asarray(classes)
-    if known is not None:
-        train = Targets(np.zeros((0, columns)), np.asarray(known), None, False, posterior.is_binary)
-        targets = encode_test(test_targets, train)
-    else:
-        task = "regression" if columns == 1 and task == "auto" else task
-        targets = encode(test_targets, task=task, num_outputs=columns if columns > 1 else None)
+    named: Any = posterior.classes if classes is None else classes
+    labels = None if named is None else as_values(named)
+    is_binary = columns == 1 and labels is not None and labels.shape == (2,)
+    if labels is not None and not (labels.shape == ((2,) if is_binary else (columns,)) == np.unique(labels).shape):
+        raise ConfigError(f"classes={labels.tolist()!r} for {columns} outputs; needed another label for each")
+    if labels is None and columns > 1 and np.ndim(test_targets) == 1:
+        raise ConfigError(
+            f"labels as test targets for {columns} outputs without names: train targets were real, or the posterior "
+            "is one of an older version; give the labels in the order of the outputs as classes="
+        )
+    taken = "regression" if labels is None else "binary" if is_binary else "classification"
+    if task not in {"auto", taken}:
+        how = "it is decided at the fit, gaussian_process(task=)"
+        raise ConfigError(f"task={task!r} for a posterior of {posterior.targets or taken}; {how}")
+    targets = encode_test(test_targets, Targets(np.zeros((0, columns)), labels, None, False, is_binary))
     if targets.matrix.shape != posterior.mean.shape:
         raise ConfigError(f"test targets of shape {np.shape(test_targets)} for predictions {posterior.mean.shape}")
     return targets

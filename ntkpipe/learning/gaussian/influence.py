@@ -10,12 +10,13 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.tables import TableRows
-from ntkpipe.learning.regression.sources import CrossKernel, OfTargets, initial_matrix
-from ntkpipe.solvers.result import Result, recorded
+from ntkpipe.learning.regression.sources import CrossKernel, initial_matrix
+from ntkpipe.solvers.result import OfTargets, recorded
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelSet
 
 _SHOWN = 5
+_OF_FIT = ("targets", "classes", "is_binary")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,6 @@ class Influence(OfTargets):
     top_share: float  # share that the k have of the sizes of all terms, the mean over test samples
     mean_size: FloatArray = field(repr=False)  # mean size of each train sample's terms over test samples, shape (N,)
     most_influential: NDArray[np.int64]  # train samples of the largest of these, descending, shape (k,)
-    classes: tuple[Any, ...] | None = None  # labels of classes by their numbers; none for real targets
 
     def _rows(self) -> TableRows:
         shown = self.most_influential[:_SHOWN]
@@ -78,8 +78,9 @@ def influence(
         Outputs f₀ of the test samples (M, O), where they decide which output is the largest.
     """
     coefficients, rows_a_sample, by_class = _taken_apart(model, is_classification, width)
-    classes = getattr(model, "classes_", None)
-    is_shared = classes is not None and coefficients.shape[1] * rows_a_sample == 1 < len(classes)
+    fit: OfTargets | None = getattr(model, "result_", None)
+    known: dict[str, Any] = {} if fit is None else {name: getattr(fit, name) for name in _OF_FIT}
+    task = {} if fit is None else {"task": fit.options.get("task", "auto")}
     kernel = test_kernel.test_train if isinstance(test_kernel, KernelSet) else test_kernel
     cross = CrossKernel(kernel, len(coefficients), rows_a_sample)
     num_train = len(coefficients) // rows_a_sample
@@ -94,7 +95,7 @@ def influence(
     sums, shares = np.zeros(num_train), 0.0
     for samples, block in cross.sample_blocks():
         terms, predicted[samples] = _terms(block, coefficients, rows_a_sample, by_class, offset[samples])
-        if is_shared:
+        if known.get("is_binary"):
             predicted[samples] = terms.sum(axis=1) + offset[samples, 0] > 0
         sizes = np.abs(terms)
         order = np.argsort(-sizes, axis=1, kind="stable")[:, :most]
@@ -105,14 +106,13 @@ def influence(
         shares += float(np.divide(largest, totals, out=np.zeros_like(totals), where=totals > 0).sum())
         sums += sizes.sum(axis=0)
     mean_size = sums / cross.num_samples
-    fit: Result | None = getattr(model, "result_", None)
     message = f"all {num_train:,} terms of {cross.num_samples:,} predictions"
     if fit is not None and not fit.is_converged:
         message += f", of a model that is not what was asked for: {fit.message}"
     return Influence(
         status="converged" if fit is None else fit.status,
         message=message,
-        options={"is_classification": by_class, "width": rows_a_sample},
+        options={**task, "is_classification": by_class, "width": rows_a_sample},
         matrix=kernel.identity if isinstance(kernel, Kernel) else f"array of shape {tuple(np.shape(kernel))}",
         predicted=predicted,
         top_samples=top_samples,
@@ -120,8 +120,7 @@ def influence(
         top_share=shares / cross.num_samples,
         mean_size=mean_size,
         most_influential=np.argsort(-mean_size, kind="stable")[:most],
-        targets=getattr(model, "targets_", ""),
-        classes=None if classes is None else tuple(classes.tolist()),
+        **known,
     )
 
 

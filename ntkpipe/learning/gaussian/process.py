@@ -22,10 +22,10 @@ from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Task
-from ntkpipe.learning.regression.sources import CountedStages, CrossKernel, OfTargets, train_targets
+from ntkpipe.learning.regression.sources import CountedStages, CrossKernel, train_targets
 from ntkpipe.solvers.inverse.choice import find_inverse
 from ntkpipe.solvers.inverse.contract import Verdict
-from ntkpipe.solvers.result import Monitor, ignore, recorded
+from ntkpipe.solvers.result import Monitor, OfTargets, ignore, recorded
 from ntkpipe.store.results import Checkpoint
 
 ProcessMethod = Literal["auto", "cholesky", "streamed"]
@@ -62,8 +62,6 @@ class Posterior(OfTargets):
     residual: float  # largest relative true residual of the systems
     num_clipped: int  # variances that rounding made negative; they are zero now
     floor: float  # size of what rounding to the storage dtype did to K
-    classes: tuple[Any, ...] | None = None  # labels of classes in the order of outputs; none for real targets
-    is_binary: bool = False  # whether two classes share an output, of -1 and +1
 
     @property
     def predictive_variance(self) -> FloatArray:
@@ -197,7 +195,6 @@ def gaussian_process(
     logdet = once("logdet", lambda own: by.logdet(noise, own)._asdict())
     num_rows, num_columns = train.rhs.shape
     data_fit, complexity = -0.5 * found["form"], -0.5 * num_columns * logdet["value"]
-    classes = train.targets.classes
     return Posterior(
         status=verdict.status,
         message=verdict.message or _MESSAGES[by.method],
@@ -218,9 +215,7 @@ def gaussian_process(
         why=by.why,
         residual=verdict.worst,
         floor=operator.storage_floor(),
-        targets=train.targets.words,
-        classes=None if classes is None else tuple(classes.tolist()),
-        is_binary=train.targets.is_binary,
+        **train.targets.fields,
         covariance=covariance,
         variance=variance.copy(),
         num_clipped=num_clipped,

@@ -55,8 +55,9 @@ class KernelRegression:
         none. So does a network in its linear regime that is trained from there (Lee et al. 2019, arXiv 1902.06720).
     task
         What targets are. ``auto``: integers, booleans and strings (N,) are labels, whose classes become one-hot
-        columns; others are real targets. ``"classification"``: labels, also as floats. ``"binary"``: labels of two
-        classes that share a column of ±1. ``"regression"``: numbers, also integers.
+        columns; others are real targets. ``"classification"``: labels, also as floats, or one-hot columns, whose
+        classes are their numbers. ``"binary"``: labels of two classes that share a column of ±1. ``"regression"``:
+        numbers, also integers. Targets of test samples are taken for the same.
     memory_limit
         Bytes that this process may have; default what it has and half of what is free. It decides which method fits;
         conjugate gradients take a tenth of a float32 kernel, or 6 kB a row if that is less, in any case.
@@ -158,12 +159,12 @@ class KernelRegression:
             # Fewer vectors than these would be no use.
             enough = budget.at_least(least_bytes(operator.num_rows))
             found = solve(operator, train.rhs, ridge=self.ridge_, task="regression", memory_limit=enough, **how)
-            options |= {"ridge": self.ridge_, **found.options}
+            options |= {**found.options, "ridge": self.ridge_, "task": self.task}
             work = operator.work - before
         finally:
             if operator is not kernel:
                 operator.close()
-        said: dict[str, Any] = {"options": options, "targets": train.targets.words}
+        said: dict[str, Any] = {"options": options, **train.targets.fields}
         self.result_ = replace(found, work=work, seconds=perf_counter() - begin, **said)
         self._targets, self.rows_per_sample_ = train.targets, train.width
         coefficients = np.asarray(self.result_.coefficients)

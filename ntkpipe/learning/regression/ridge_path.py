@@ -19,11 +19,10 @@ from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.tables import TableRows
-from ntkpipe.base.targets import Targets, Task, as_samples, note_on_unknown
+from ntkpipe.base.targets import Targets, Task, as_samples
 from ntkpipe.learning.regression.sources import (
     CountedStages,
     HeldOut,
-    OfTargets,
     TrainTargets,
     ridges_for,
     train_targets,
@@ -32,7 +31,7 @@ from ntkpipe.learning.regression.sources import (
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.inverse.choice import find_inverse
 from ntkpipe.solvers.inverse.contract import UNKNOWN, Fit, InverseMethod, Question, as_fields
-from ntkpipe.solvers.result import Monitor, Status, ignore, recorded
+from ntkpipe.solvers.result import Monitor, OfTargets, Status, ignore, recorded
 from ntkpipe.store.results import Checkpoint
 
 PathMethod = Literal["auto"] | InverseMethod
@@ -220,7 +219,7 @@ def ridge_path(
     status, message = _judge(statuses, values, name)
     return RidgePath(
         status=status,
-        message=message if test is None else message + note_on_unknown(test.targets),
+        message=message if test is None else message + test.targets.note,
         work=stages.work,
         seconds=stages.seconds,
         options={**options, "centred": train.is_centred},
@@ -230,7 +229,7 @@ def ridge_path(
         why=inverse.why,
         statuses=tuple(one for one, _ in statuses),
         is_classification=train.targets.classes is not None,
-        targets=train.targets.words,
+        **train.targets.fields,
         floor=operator.storage_floor(),
         **found,
     )

@@ -15,11 +15,9 @@ from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.config import RidgeScale, absolute_ridges
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, Work, digest_of
-from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task, as_rows, as_samples, as_values, encode, encode_test
 from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.inverse.contract import Fit, Inverse, Question
-from ntkpipe.solvers.result import Result
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelSet, KernelStore
 from ntkpipe.store.results import Checkpoint
@@ -53,19 +51,6 @@ class TrainTargets:
         return np.zeros(1) if initial is None else initial_matrix(initial, (num_samples, self.targets.matrix.shape[1]))
 
 
-@dataclass(frozen=True, kw_only=True)
-class OfTargets(Result):
-    """A result that depends on targets."""
-
-    # What they were taken for, such as "10 classes, one-hot"; empty for coefficients, and in results of versions before
-    targets: str = ""
-
-    def rows(self) -> TableRows:
-        """See :meth:`Result.rows`."""
-        status, *others = super().rows()
-        return [status, *([("targets", self.targets)] if self.targets else []), *others]
-
-
 def with_error(value: float, error: float, form: str = ",.5g") -> str:
     """A number, and its error unless that is zero."""
     return f"{value:{form}}" + (f" ± {error:.1g}" if error else "")
@@ -76,7 +61,7 @@ def train_targets(operator: Operator, targets: Any, initial: Any | None, task: T
     values = as_values(targets)
     width = _width_of(operator, len(values) if values.ndim else 0)
     columns = np.shape(initial)[1] if initial is not None and np.ndim(initial) == 2 else None
-    found = encode(values, num_outputs=width if width > 1 else columns, task=task)
+    found = encode(targets, num_outputs=width if width > 1 else columns, task=task)
     matrix = found.matrix if initial is None else found.matrix - initial_matrix(initial, found.matrix.shape)
     return TrainTargets(found, width, as_rows(matrix, width), initial is not None)
 

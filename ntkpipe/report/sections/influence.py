@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.image import imsave
 from numpy.typing import NDArray
 
+from ntkpipe.base.targets import Targets
 from ntkpipe.learning.gaussian.influence import Influence
 from ntkpipe.report.gather import Chapter, Gathered
 from ntkpipe.report.parts import Gallery, Part, Thumbnail, number, share
@@ -27,12 +28,10 @@ _EDGES = (8, 512)  # of images: fewer pixels along an edge show nothing, and mor
 _CHANNELS = (1, 3)
 _PERCENTILES = (0.5, 99.5)  # what becomes black and white
 
-Targets = NDArray[Any] | None
-
 
 def _show(found: Influence, gathered: Gathered) -> tuple[tuple[Part, ...], str | None]:
     """Test samples with the training samples of their largest terms, and those that matter most overall."""
-    store, is_class = gathered.store, gathered.arrangement.classes is not None
+    store = gathered.store
     images = StoredImages(store)
     top, overall = found.top_samples[:, :_NUM_OTHERS], found.most_influential[:_NUM_OVERALL]
     for samples in (top, overall):
@@ -41,17 +40,17 @@ def _show(found: Influence, gathered: Gathered) -> tuple[tuple[Part, ...], str |
     # Reports of older versions saved classes among the options; there are none if targets are no classes.
     classes = found.classes or found.options.get("classes")
     predicted = np.asarray(classes)[found.predicted] if classes else None
-    targets, test_targets = store.targets, store.test_targets
-    shown = _shown(predicted, test_targets, len(top))
+    codes = None if gathered.test_targets is None else gathered.test_targets.codes
+    shown = _shown(None if predicted is None else found.predicted, codes, len(top))
     tests = images.read("test", shown)
     trains = images.read("train", [*top[shown].ravel().tolist(), *overall.tolist()])
 
     def test(sample: int) -> Thumbnail:
         said = () if predicted is None else (f"predicted {predicted[sample]}",)
-        return _thumbnail("test", sample, tests.get(sample), test_targets, is_class, *said)
+        return _thumbnail("test", sample, tests.get(sample), gathered.test_targets, store.test_targets, *said)
 
     def train(sample: int, said: str) -> Thumbnail:
-        return _thumbnail("training", sample, trains.get(sample), targets, is_class, said)
+        return _thumbnail("training", sample, trains.get(sample), gathered.targets, store.targets, said)
 
     rows = tuple(
         (
@@ -91,21 +90,27 @@ def _reading(found: Influence) -> tuple[str, ...]:
     )
 
 
-def _shown(predicted: NDArray[Any] | None, test_targets: Targets, num_test: int) -> list[int]:
+def _shown(predicted: NDArray[np.int64] | None, codes: NDArray[np.int64] | None, num_test: int) -> list[int]:
     """Some that are wrong and some that are right, the first of each class."""
-    if predicted is None or test_targets is None:
+    if predicted is None or codes is None:
         return list(range(min(num_test, _NUM_WRONG + _NUM_RIGHT)))
-    is_wrong = predicted != test_targets.reshape(-1)
+    is_wrong = predicted != codes
     wrong, right = np.flatnonzero(is_wrong)[:_NUM_WRONG], np.flatnonzero(~is_wrong)
-    firsts = right[np.unique(test_targets[right], return_index=True)[1]]
+    firsts = right[np.unique(codes[right], return_index=True)[1]]
     return [*map(int, wrong), *map(int, np.sort(firsts)[:_NUM_RIGHT])]
 
 
-def _thumbnail(split: str, sample: int, uri: str | None, targets: Targets, is_class: bool, *said: str) -> Thumbnail:
+def _thumbnail(
+    split: str, sample: int, uri: str | None, targets: Targets | None, given: NDArray[Any] | None, *said: str
+) -> Thumbnail:
     lines = [f"no. {sample:,}"]
-    if targets is not None and targets.size == len(targets):
-        target = targets.reshape(-1)[sample]
-        lines.append(f"class {target}" if is_class else f"target {number(float(target), 3)}")
+    if targets is not None and targets.classes is not None and targets.codes is not None:
+        code = targets.codes[sample]
+        # A class that training does not have goes by what was given.
+        name = targets.classes[code] if code >= 0 or given is None else given[sample]
+        lines.append(f"class {name}")
+    elif targets is not None and targets.matrix.shape[1] == 1:
+        lines.append(f"target {number(float(targets.matrix[sample, 0]), 3)}")
     lines += said
     return Thumbnail(uri, f"{split} sample {', '.join(lines)}", tuple(lines))
 

@@ -107,7 +107,8 @@ def solve(
     kept = SystemCheckpoint(checkpoint, _decides(operator, block, absolute, options), block.shape)
     found = Systems(operator, block, options, 1).solve(absolute, guess, kept)
     coefficients = found.coefficients.reshape(shape)
-    return replace(found, coefficients=coefficients, targets=encoded.words, work=kept.work, seconds=kept.seconds)
+    said = {**encoded.fields, "work": kept.work, "seconds": kept.seconds}
+    return replace(found, coefficients=coefficients, **said)
 
 
 @recorded()
@@ -178,7 +179,7 @@ def solve_path(
         one = stages.result(name, Solution, run)
         with stages.journal.reading():
             guess = np.asarray(one.coefficients).reshape(block.shape)
-        whose: dict[str, Any] = {"matrix": operator.identity(), "targets": encoded.words}
+        whose: dict[str, Any] = {"matrix": operator.identity(), **encoded.fields}
         found[number] = replace(one, coefficients=one.coefficients.reshape(shape), **whose)
     solutions = tuple(found[number] for number in range(len(values)))
     worst = next((one for one in solutions if not one.is_converged), solutions[0])
@@ -192,7 +193,7 @@ def solve_path(
         statuses=tuple(one.status for one in solutions),
         methods=tuple(one.method for one in solutions),
         iterations=np.array([one.iterations for one in solutions]),
-        targets=encoded.words,
+        **encoded.fields,
         _solutions=solutions,
     )
 

@@ -32,7 +32,7 @@ from ntkpipe.solvers.linear.preconditioner import (
     saved_of,
 )
 from ntkpipe.solvers.memory import bytes_of_solve
-from ntkpipe.solvers.result import Monitor, Result, Status, Step
+from ntkpipe.solvers.result import Monitor, OfTargets, Status, Step
 from ntkpipe.store.results import Checkpoint, as_integer, as_number
 
 SolveMethod = Literal["auto", "eigh", "cholesky", "pcg", "block_cg"]
@@ -44,7 +44,7 @@ _WORDS = {"eigh": "the minimum norm", "cholesky": "Cholesky"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolutionPath(Result):
+class SolutionPath(OfTargets):
     """Coefficients at r ridges; as a sequence, a :class:`Solution` for each, unless it was read from a store."""
 
     ridges: FloatArray  # λ, in the order given, shape (r,)
@@ -53,7 +53,6 @@ class SolutionPath(Result):
     statuses: tuple[Status, ...]
     methods: tuple[str, ...]
     iterations: NDArray[np.int64]
-    targets: str = ""
     _solutions: "tuple[Solution, ...]" = field(default=(), repr=False)
 
     def __len__(self) -> int:
@@ -64,15 +63,14 @@ class SolutionPath(Result):
 
     def _rows(self) -> TableRows:
         found = zip(self.ridges, self.methods, self.iterations, self.residuals, self.statuses, strict=True)
-        said = [
+        return [
             (f"λ = {ridge:.4g}", f"{method}, {count} iterations, residual {residual.max(initial=0.0):.2g}; {status}")
             for ridge, method, count, residual, status in found
         ]
-        return [("targets", self.targets), *said]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solution(Result):
+class Solution(OfTargets):
     """Coefficients A with ``(K + ridge I) A = Y``."""
 
     coefficients: FloatArray  # A, float64, of the shape of Y
@@ -92,13 +90,11 @@ class Solution(Result):
     rank: int  # rank, mu: rank and μ of the preconditioner F F' + μ I; 0 and 1 without one
     mu: float
     preconditioner_work: Work  # the part of `work` that made the preconditioner; zero if it was given
-    targets: str = ""  # what Y was taken for, such as "10 classes, one-hot"
 
     def _rows(self) -> TableRows:
         count = len(self.residuals)
         rows = [
             ("method", f"{self.method}: {self.why}"),
-            *([("targets", self.targets)] if self.targets else []),
             ("ridge", f"{self.ridge:.4g}"),
             ("residual", f"{self.residuals.max(initial=0.0):.2g}, the largest of {count} column{'s'[: count != 1]}"),
         ]

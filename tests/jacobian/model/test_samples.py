@@ -1,6 +1,7 @@
 """Whatever users have as samples is read alike, fingerprinted, and refused by name where it cannot be."""
 
 import collections
+from decimal import Decimal
 
 import dask.array
 import numpy as np
@@ -12,7 +13,7 @@ import xarray as xr
 import zarr
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
 
-from ntkpipe.base.errors import DataError, NonFiniteError
+from ntkpipe.base.errors import ConfigError, DataError, NonFiniteError
 from ntkpipe.jacobian.model import samples as datasets
 from ntkpipe.jacobian.model.samples import StoredSource, as_samples, require_same_arrays, show_samples
 from ntkpipe.store.store import Store
@@ -259,6 +260,27 @@ def test_dtypes_become_ones_that_torch_and_the_store_have(values, dtype):
 def test_what_is_no_samples_is_refused_by_name(inputs, message):
     with pytest.raises(DataError, match=message):
         as_samples(inputs, label="x").source.read(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("targets", "error", "words"),
+    [
+        (["a", "b"] * 3, DataError, r"np.unique\(labels, return_inverse=True\)"),
+        ([1, 2, None] * 2, NonFiniteError, "2 samples are missing .*first of sample 2"),
+        (np.ma.array(np.arange(6), mask=np.arange(6) == 2), NonFiniteError, "masked"),
+        (["a", 1] * 3, ConfigError, r"several types.*\(int, str\)"),
+        ([[1.0], [1.0, 2.0]] * 3, ConfigError, "no array"),
+    ],
+)
+def test_targets_that_are_no_numbers_are_refused(targets, error, words):
+    with pytest.raises(error, match=words):
+        as_samples(INPUTS, targets)
+
+
+def test_targets_of_objects_are_numbers():
+    for given in (np.arange(6).astype(object), [Decimal(i) / 2 for i in range(6)], torch.arange(6.0).bfloat16()):
+        found = as_samples(INPUTS, given).targets
+        np.testing.assert_array_equal(found, np.asarray([float(one) for one in given]))
 
 
 @pytest.mark.parametrize("targets", [TARGETS[:3], np.array(1), np.ones((7, 2))])
