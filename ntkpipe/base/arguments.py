@@ -236,8 +236,8 @@ PARAMETERS = {
     "client": "A ``distributed.Client`` whose workers compute; default threads of this process.",
     "progress": "Show progress on standard error.",
     "model": "A module in eval mode; it is copied. Parameters with ``requires_grad=False`` are left out.",
-    "inputs": "N samples: a tensor or array (samples along the first axis), a dict of them (keyword arguments of the "
-    "model), or a map-style data set of samples or (sample, target) pairs.",
+    "inputs": "N samples: a tensor, array or frame (samples along the first axis), a dict of them (keyword arguments "
+    "of the model), or a map-style data set of samples or (sample, target) pairs.",
     "kind": 'Kind of kernel: ``"pntk"``, ``"trace"``, ``"output:k"`` (N x N), ``"diagonal"`` (N x N for each output) '
     'or ``"ntk"`` (N*O x N*O). Conventions are in :mod:`ntkpipe.base.kinds`.',
     "forward": 'Picks the (batch, O) tensor: ``".logits"``, a function of what the model returns, or one of (model, '

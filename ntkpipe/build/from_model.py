@@ -24,8 +24,8 @@ from ntkpipe.build.tiles import BuildJob, Sink, StripCache
 from ntkpipe.build.workers import Resources, versions
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import JacobianProducts
-from ntkpipe.jacobian.model.functional import fingerprint
 from ntkpipe.jacobian.model.samples import Samples, Source, StoredSource
+from ntkpipe.jacobian.model.state import fingerprint
 from ntkpipe.jacobian.probe import probe_samples
 from ntkpipe.jacobian.representations.pieces import contract
 from ntkpipe.jacobian.representations.sums import Workspace

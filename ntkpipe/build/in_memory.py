@@ -15,7 +15,7 @@ from torch import nn
 
 from ntkpipe.base.arguments import checked
 from ntkpipe.base.config import ComputeDtype, MemoryLimit, RealDtype, check_number
-from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.grid import Grid, matrix_tile
 from ntkpipe.base.operator import Operator, Statistics, Work
 from ntkpipe.base.resources import available_memory, num_cores
@@ -30,14 +30,16 @@ from ntkpipe.build.prepare import (
     plan_and_check,
     prepare,
     products_of,
+    require_finite,
     this_machine,
     workload_of,
 )
 from ntkpipe.build.records import BuildRecord, Sizes, TileRecord
 from ntkpipe.executors.threads import ThreadExecutor
-from ntkpipe.jacobian.engine import Engine
-from ntkpipe.jacobian.model.functional import Forward, fingerprint, resolve_device
+from ntkpipe.jacobian.engine import Engine, JacobianBlock
+from ntkpipe.jacobian.model.functional import Forward, resolve_device
 from ntkpipe.jacobian.model.samples import as_samples, require_same_arrays
+from ntkpipe.jacobian.model.state import fingerprint
 from ntkpipe.jacobian.representations.pieces import contract_diagonal_planes
 from ntkpipe.jacobian.self_check import self_check
 from ntkpipe.store.kernel import require_memory
@@ -192,6 +194,9 @@ class JacobianOperator(Operator):
                     direction = products.transposed(source, vector, self._step)
                     found[:, column] += products.product(source, direction, self._step)
         self.work += Work(1.0, 0, perf_counter() - start)
+        if not np.isfinite(found).all():
+            self._diagonal()  # names the samples
+            raise NonFiniteError("products with the Jacobian overflow although it is finite; scale the model")
         return found
 
     def _measure(self) -> Statistics:
@@ -203,7 +208,9 @@ class JacobianOperator(Operator):
         start, parts = perf_counter(), []
         with exact_single_thread(self._prepared.spec.compute_dtype):
             for span, batch in self._products[0].batches(self._prepared.train.source):
-                piece, _ = self._engine.piece(batch)
+                piece, outputs = self._engine.piece(batch)
+                numbers = 2 * [*range(span.start, span.stop)]  # a single sample is in its batch twice
+                JacobianBlock((piece,), outputs).require_finite("train", numbers)
                 (values,) = contract_diagonal_planes(piece, self._prepared.kind.pairs, 1)
                 parts.append(values[: len(span)].diagonal(dim1=1, dim2=2).reshape(-1).double().cpu())
                 self._step()
@@ -254,6 +261,7 @@ def jacobian_operator(
     with exact_single_thread(compute_dtype):
         prepared = prepare(Request.of(given, (samples, None)), device=device)
         memory = int(_SHARE_OF_MEMORY * available_memory())
+        require_finite(prepared, prepared.engine, subtile=batch, batch=batch)
         engine, _ = self_check(prepared.engine, prepared.load, samples.num_samples, batch=batch, memory_bytes=memory)
     made_from = fingerprint(model, prepared.model.names)
     identity = f"J J' {kind} {compute_dtype} {made_from.state_digest} {made_from.structure_digest} {digest}"

@@ -22,6 +22,7 @@ from ntkpipe.jacobian.fallback import JacobianProducts, batch_size, take
 from ntkpipe.jacobian.model.device import exact_math, free_memory, is_out_of_memory, sizes_of, without_tf32
 from ntkpipe.jacobian.model.functional import DTYPES, Batch, Forward, FunctionalModel, prepare_model, resolve_device
 from ntkpipe.jacobian.model.samples import Samples, as_samples, require_same_arrays
+from ntkpipe.jacobian.model.state import num_bytes
 from ntkpipe.jacobian.probe import Probed, make_engine, probe, probe_samples
 from ntkpipe.jacobian.representations.interface import Rates, Setup
 from ntkpipe.jacobian.self_check import CheckReport, self_check
@@ -207,8 +208,9 @@ def workload_of(prepared: Prepared, engine: Engine, grids: Mapping[str, Grid], n
     """What is to be computed; measures the cost of Jacobians."""
     spec, module = prepared.spec, engine.model.module
     samples = probe_samples(prepared.train.num_samples)
-    cost = engine.cost(prepared.load([samples[i % len(samples)] for i in range(_COST_BATCH)]))
-    copied = sum(value.nbytes for value in (*module.parameters(), *module.buffers()))  # by each worker
+    chosen = [samples[i % len(samples)] for i in range(_COST_BATCH)]
+    cost = engine.cost(prepared.load(chosen), chosen)
+    copied = num_bytes((*module.parameters(), *module.buffers()))  # by each worker
     fixed = cost.fixed_workspace_bytes + copied + _LIBRARY_BYTES
     return Workload(
         grids=grids,
@@ -255,11 +257,12 @@ def plan_and_check(
 ) -> Settled:
     """Plan what must fit, self-check, and plan anew where that changes how Jacobians are found."""
     plan = planned(engine).fitting()
-    if not is_checked:
-        return Settled(prepared, engine, plan, None, 0.0)
     started, memory = perf_counter(), plan.machine.memory_limit - plan.machine.base_memory
     samples = prepared.train.num_samples
     try:
+        require_finite(prepared, engine, subtile=plan.subtile, batch=plan.batch)
+        if not is_checked:
+            return Settled(prepared, engine, plan, None, 0.0)
         checked, report = self_check(engine, prepared.load, samples, batch=plan.batch, memory_bytes=memory)
     except NtkpipeError:
         raise
@@ -271,6 +274,19 @@ def plan_and_check(
     if checked.representations != engine.representations:
         plan = planned(checked).fitting()
     return Settled(prepared, checked, plan, report, seconds)
+
+
+def require_finite(prepared: Prepared, engine: Engine, *, subtile: int, batch: int) -> None:
+    """Check the Jacobians of samples with infinite entries, one for each arrangement of them."""
+    for split, samples in prepared.samples.items():
+        for start in range(0, len(samples.infinite), subtile):
+            chosen = samples.infinite[start : start + subtile]
+
+            def load(first: int, last: int, samples: Samples = samples, chosen: list[int] = chosen) -> Batch:
+                return _load(engine.model, samples, chosen[first:last])
+
+            block, _ = engine.block(load, 0, len(chosen), subtile=subtile, batch=batch)
+            block.require_finite(split, chosen)
 
 
 def time_jacobians(plan: Plan, prepared: Prepared, engine: Engine) -> Plan:

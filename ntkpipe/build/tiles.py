@@ -381,18 +381,6 @@ class _Builder:
                 f"the model raised {type(error).__name__} on {split} samples {at.start}:{at.stop}: {error}. Nothing "
                 "was written for them; correct those samples or the model"
             ) from error
-        self._require_finite_block(block, split, span)
+        block.require_finite(split, range(span.start, span.stop))
         self._flops += len(span) * self._plan.workload.cost.jacobian_flops
         return block
-
-    def _require_finite_block(self, block: JacobianBlock, split: str, span: Span) -> None:
-        """Check a strip; if nothing is wrong, this waits for a GPU just once."""
-        outputs = torch.isfinite(block.outputs).all(dim=1)
-        if bool((torch.cat([piece.has_finite_sums() for piece in block.pieces]) & outputs).all()):
-            return
-        finite = torch.cat([piece.is_finite() for piece in block.pieces]) & outputs
-        bad = [span.start + int(i) for i in torch.nonzero(~finite.cpu()).flatten()]
-        if bad:
-            raise NonFiniteError(
-                f"Jacobians or outputs of {split} {show_samples(bad)} are NaN or infinite; they were not written"
-            )

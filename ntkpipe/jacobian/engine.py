@@ -1,7 +1,7 @@
 """From samples to a Jacobian block: the engine that joins traced terms and the fallback."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, cast
@@ -9,12 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ntkpipe.base.errors import ModelError
+from ntkpipe.base.errors import ModelError, NonFiniteError
 from ntkpipe.base.grid import Span
 from ntkpipe.jacobian.cost import Cost, make_meter
 from ntkpipe.jacobian.fallback import METHODS, batch_size, take
 from ntkpipe.jacobian.model.device import is_out_of_memory, release_memory, sizes_of
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
+from ntkpipe.jacobian.model.samples import show_samples
 from ntkpipe.jacobian.representations.dense import Dense
 from ntkpipe.jacobian.representations.interface import Pulled, Representation, Setup, Term
 from ntkpipe.jacobian.representations.pieces import Piece
@@ -41,6 +42,19 @@ class JacobianBlock:
     def num_bytes(self) -> int:
         """Bytes that the block holds."""
         return sum(piece.num_bytes() for piece in self.pieces) + self.outputs.nbytes
+
+    def require_finite(self, split: str, numbers: Sequence[int]) -> None:
+        """Check all entries of samples with these numbers; if nothing is wrong, this waits for a GPU just once."""
+        outputs = torch.isfinite(self.outputs).all(dim=1)
+        if bool((torch.cat([piece.has_finite_sums() for piece in self.pieces]) & outputs).all()):
+            return
+        finite = torch.cat([piece.is_finite() for piece in self.pieces]) & outputs
+        bad = sorted({numbers[int(i)] for i in torch.nonzero(~finite.cpu()).flatten()})
+        if bad:
+            raise NonFiniteError(
+                f"Jacobians or outputs of {split} {show_samples(bad)} are NaN or infinite; they were not written. "
+                "Leave those samples out, or correct them or the model"
+            )
 
 
 class Engine:
@@ -199,7 +213,9 @@ class Engine:
         for start in range(0, count, step):
             found = []
             for number in range(start, min(start + step, count)):
-                covectors, keeps = self.covectors[number].to(outputs.dtype).expand_as(outputs), number + 1 < count
+                # Memory of their own, which hooks may change in place.
+                covectors = self.covectors[number].to(outputs.dtype).repeat(len(outputs), 1)
+                keeps = number + 1 < count
                 grads, others = recorded.pulled(covectors, unused, numbers, keeps_graph=keeps or keeps_graph)
                 if any(grad is not None for grad in others):
                     raise ModelError(f"a parameter that the probe batch did not use is used by another batch: {_WHY}")
@@ -263,13 +279,14 @@ class Engine:
         numbers = sum(term.held_as.num_numbers(term, self.setup.num_covectors) for term in self.every_term)
         return max(1, numbers * self.setup.accumulate_dtype.itemsize + self.covectors[0].nbytes)
 
-    def cost(self, batch: Batch) -> Cost:
-        """Measure what one sample costs by running ``batch`` and its first half; B must be at least four."""
+    def cost(self, batch: Batch, samples: Sequence[int] | None = None) -> Cost:
+        """Measure what one sample costs by running ``batch``, of these samples, and its first half; B is at least 4."""
         size = batch_size(batch)
         half = take(batch, range(size // 2))
         self.piece(half)  # lazy initialisation is not a cost of the batch
         with make_meter() as whole:
-            self.piece(batch)
+            piece, outputs = self.piece(batch)
+        JacobianBlock((piece,), outputs).require_finite("train", samples or range(size))
         with make_meter() as part:
             self.piece(half)
         slope = max(0, whole.num_bytes - part.num_bytes) // (size - size // 2)

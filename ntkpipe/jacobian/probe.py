@@ -12,6 +12,7 @@ from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import take
 from ntkpipe.jacobian.model.functional import MIXING_TOLERANCE, Batch, FunctionalModel
+from ntkpipe.jacobian.model.samples import show_samples
 from ntkpipe.jacobian.representations.interface import Setup
 from ntkpipe.jacobian.tracing.recorder import Recorder
 from ntkpipe.jacobian.tracing.trace import Pass, Tracing, leaves, next_expansion, nothing_traced, trace
@@ -109,7 +110,10 @@ def _mixing(outputs: Sequence[Tensor], chosen: Sequence[int]) -> tuple[float, fl
     first, order = outputs[0], _PROBES[0]
     bad = {chosen[i] for place, i in enumerate(order) if not bool(torch.isfinite(first[place]).all())}
     if bad:
-        raise NonFiniteError(f"the model's outputs are NaN or infinite on samples {sorted(bad)}")
+        raise NonFiniteError(
+            f"the model's outputs are NaN or infinite on {show_samples(sorted(bad))}; leave those out, or correct "
+            "them or the model"
+        )
     pairs = [(found, first[[order.index(i) for i in each]]) for found, each in zip(outputs, _PROBES, strict=True)]
     gaps = [float((found - same).abs().max()) for found, same in pairs]
     return max(gaps, key=lambda gap: (gap != gap, gap)), float(first.abs().max()) or 1.0

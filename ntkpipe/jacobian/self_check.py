@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ntkpipe.base.errors import SelfCheckError
+from ntkpipe.base.errors import NonFiniteError, SelfCheckError
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, by_loop, take
 from ntkpipe.jacobian.model.device import is_out_of_memory
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
+from ntkpipe.jacobian.model.samples import show_samples
 from ntkpipe.jacobian.probe import Load
 from ntkpipe.jacobian.representations.pieces import contract
 from ntkpipe.jacobian.representations.sums import Workspace
@@ -55,7 +56,7 @@ def self_check(
     worst = max(errors, key=lambda name: errors[name], default="")
     compute_error = check.compute_error(engine)
     limit = _COMPUTE_TOLERANCE[engine.model.arithmetic]
-    if compute_error > limit:
+    if not compute_error <= limit:
         raise SelfCheckError(
             f"in {engine.model.arithmetic} the kernel of samples {check.chosen} is off by {compute_error:.1e} of "
             f"sqrt(K_ii K_jj); at most {limit:.0e} is accepted. Use compute_dtype='float64'"
@@ -95,6 +96,11 @@ class _Check:
                 raise
             found = self._refer(engine.model)  # some operations exist in float32 alone; there the model has run before
         self.reference, self.reference_name = found
+        finite = _finite(self.reference)
+        if not all(finite):
+            bad = [number for number, is_finite in zip(self.chosen, finite, strict=True) if not is_finite]
+            shown = show_samples(sorted({*bad}))
+            raise NonFiniteError(f"Jacobians of {shown} are NaN or infinite; leave those out, or correct the model")
         self.scale = _scale(_total(self.reference))
         self.reference_wrong: set[str] = set()
 
@@ -111,7 +117,7 @@ class _Check:
             failed = {
                 name: f"self-check: off by {relative:.1e}"
                 for name, (ratio, relative) in self.errors(found).items()
-                if ratio > 1 and name not in self.reference_wrong
+                if not ratio <= 1 and name not in self.reference_wrong
             }
             by_engine = {name for name in failed if self._engine_is_right(name, found[name])}
             if by_engine:  # the reference is wrong there, so the engine's own Jacobian takes its place
@@ -193,7 +199,10 @@ def _reference(model: FunctionalModel, batch: Batch, covectors: Tensor) -> tuple
     # By ``torch.func.vjp``; by plain autograd what that cannot run (checkpoints, scripted modules) or would get wrong.
     covectors = covectors.to(model.device)
     try:
-        return _by_vjp(model, batch, covectors), "torch.func"
+        found = _by_vjp(model, batch, covectors)
+        if all(_finite(found)):
+            return found, "torch.func"
+        reason = "NaN for a batch of one"
     except Exception as error:  # noqa: BLE001 - reported; whatever torch.func stumbles over, autograd has run before
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.120}"
     widths = {name: parameter.numel() for name, parameter in model.parameters.items()}
@@ -208,10 +217,17 @@ def _by_vjp(model: FunctionalModel, batch: Batch, covectors: Tensor) -> Jacobian
         single = take(batch, [sample])
         outputs, vjp = torch.func.vjp(lambda values, single=single: model.call_with(values, single), parameters)[:2]
         model.require_replaced(outputs)
-        grads = [vjp(covector[None].to(outputs.dtype))[0] for covector in covectors]
+        # Copies, which hooks may change in place.
+        grads = [vjp(covector[None].to(outputs.dtype, copy=True))[0] for covector in covectors]
         found.append({name: torch.stack([each[name].reshape(-1).double() for each in grads]) for name in parameters})
     # Samples first in memory, as Gram matrices take them.
     return {name: torch.stack([rows[name] for rows in found]).transpose(0, 1) for name in parameters}
+
+
+def _finite(jacobians: Jacobians) -> list[bool]:
+    """Whether the Jacobians of each sample are finite."""
+    found = [torch.isfinite(values).all(dim=2).all(dim=0) for values in jacobians.values()]
+    return [bool(each) for each in torch.stack(found).all(dim=0)]
 
 
 def _gram(jacobian: Tensor) -> Tensor:

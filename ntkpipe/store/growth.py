@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.errors import StoreError, TileError
@@ -159,8 +158,7 @@ def finish(store: Store) -> None:
             return
         old, found = copy.read(index), array.read(index)
         part = found[tuple(map(slice, old.shape))]
-        is_whole = found.dtype.kind != "f" or bool(np.isfinite(found).all())
-        if not (is_whole and part.tobytes() == old.tobytes()):
+        if array.layout.count_bad(found) or part.tobytes() != old.tobytes():
             raise TileError(
                 f"{array.describe(index)} does not hold what it held before the store grew, or not all of it is "
                 f"finite: another program wrote it. Delete {array.path(index)} and run again: it is recomputed"

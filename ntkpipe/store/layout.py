@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ntkpipe.base.errors import StoreError
 from ntkpipe.base.grid import Grid, kernel_grids
@@ -47,6 +48,12 @@ class ArrayLayout:
     def fill_value(self) -> float:
         """Value that plain Zarr readers see in missing chunks, and that pads ragged ones."""
         return float("nan") if self.dtype.kind == "f" else 0
+
+    def count_bad(self, values: NDArray[Any]) -> int:
+        """Entries of a whole chunk that cannot be right: NaN, and where they are no samples, infinite ones."""
+        if values.dtype.kind != "f" or np.isfinite(values).all():
+            return 0
+        return int((np.isnan(values) if self.name.startswith("samples/") else ~np.isfinite(values)).sum())
 
     @property
     def chunk_counts(self) -> tuple[int, ...]:

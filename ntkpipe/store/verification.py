@@ -138,8 +138,8 @@ def _check(store: Store, array: StoredArray, index: Index, diagonals: dict[str, 
         values = array.read(index)
     except TileError as error:
         return str(error)
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        return f"{int((~np.isfinite(values)).sum())} entries are NaN or infinite"
+    if bad := array.layout.count_bad(values):
+        return f"{bad} entries are NaN or infinite"
     name, grid = array.layout.name, array.layout.grid
     is_mirrored = grid is not None and grid.symmetric and index[0] == index[1]
     if is_mirrored and not np.array_equal(values, values.T):

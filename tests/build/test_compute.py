@@ -152,7 +152,9 @@ def test_wrong_arguments_are_refused_before_anything_is_written(path, changes, e
 def test_samples_that_are_not_finite_are_named(path, argument, value):
     bad = inputs(18 if argument == "inputs" else 7).copy()
     bad[3, 1] = bad[6, 2] = value
-    with pytest.raises(NonFiniteError, match=rf"{argument}: NaN or infinite entries in samples 3, 6"):
+    split = "train" if argument == "inputs" else "test"
+    message = f"{argument}: NaN entries in" if np.isnan(value) else f"Jacobians or outputs of {split}"
+    with pytest.raises(NonFiniteError, match=f"{message} samples 3, 6"):
         compute(path, **{argument: bad})
     assert not path.exists()
 

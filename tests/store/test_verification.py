@@ -81,7 +81,8 @@ def test_entries_that_are_not_finite_are_found(store, name):
         values[0, 0], values[1, 1] = np.nan, np.inf
 
     forge(store, name, CHUNKS[name], change)
-    assert Finding(name, CHUNKS[name], "2 entries are NaN or infinite") in verify_store(store).findings
+    count = 1 if name.startswith("samples/") else 2  # masks among the samples hold infinities on purpose
+    assert Finding(name, CHUNKS[name], f"{count} entries are NaN or infinite") in verify_store(store).findings
 
 
 def test_a_diagonal_tile_that_is_not_symmetric_is_found(store):

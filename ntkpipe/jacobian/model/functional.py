@@ -1,8 +1,6 @@
-"""The model as a function of its parameters and a batch, in the dtype and on the device of a run; its fingerprint."""
+"""The model as a function of its parameters and a batch, in the dtype and on the device of a run."""
 
 import contextlib
-import copy
-import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from ntkpipe.base.config import ComputeDtype
 from ntkpipe.base.errors import ConfigError, ModelError, NonFiniteError, NtkpipeError
-from ntkpipe.store.manifest import ModelRecord
+from ntkpipe.jacobian.model.state import converted, deepcopy, require_parameters, require_values
 
 Batch = Tensor | dict[str, Tensor]
 Forward = str | Callable[..., Any] | None
@@ -161,7 +159,7 @@ class FunctionalModel:
 
     def copy(self) -> "FunctionalModel":
         """A copy that another thread may run: its own module tree and buffers, the same parameters in memory."""
-        return self._with_module(_deepcopy(self.module, {id(value): value for value in self.module.parameters()}))
+        return self._with_module(deepcopy(self.module, {id(value): value for value in self.module.parameters()}))
 
     def with_fast_layout(self, batch: Batch) -> "FunctionalModel":
         """The model with its convolutions channels last, where that is faster and the model runs that way."""
@@ -185,7 +183,7 @@ class FunctionalModel:
 
     def channels_last(self) -> "FunctionalModel":
         """A copy with convolutions channels last in memory; oneDNN's are 10 to 40 % faster in this layout."""
-        module = _deepcopy(self.module)
+        module = deepcopy(self.module)
         for parameter in module.parameters():
             if parameter.ndim in _CHANNELS_LAST:
                 parameter.data = parameter.data.contiguous(memory_format=_CHANNELS_LAST[parameter.ndim])
@@ -195,7 +193,7 @@ class FunctionalModel:
         """A copy in another dtype, or on another device, which shares nothing."""
         device, tf32 = device or self.device, self.tf32 and dtype == self.dtype
         return self._with_module(
-            _converted(_deepcopy(self.module), dtype, device), dtype=dtype, device=device, tf32=tf32
+            _converted(deepcopy(self.module), dtype, device), dtype=dtype, device=device, tf32=tf32
         )
 
     def _with_module(self, module: nn.Module, **changes: Any) -> "FunctionalModel":
@@ -205,33 +203,11 @@ class FunctionalModel:
         return replace(self, module=module, **changes)
 
 
-def _deepcopy(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
-    memo = dict(shared or {})
-    # Old-style weight_norm and friends keep computed tensors as attributes, which deepcopy refuses; they are
-    # recomputed by the next forward pass.
-    for child in module.modules():
-        for value in vars(child).values():
-            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
-                memo[id(value)] = value.detach().clone()
-    try:
-        with torch.no_grad():  # else the parameters of a scripted module's copy depend on those of the original
-            return copy.deepcopy(module, memo)
-    except Exception as error:
-        raise ModelError(f"the model cannot be copied (copy.deepcopy raised {error!r}); make it copyable") from error
-
-
 def _converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The module in a dtype; complex buffers, which ``Module.to`` would strip of their imaginary part, stay complex."""
-
-    def convert(value: Tensor) -> Tensor:
-        if value.is_complex():
-            return value.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)
-        return value.to(device, dtype if value.is_floating_point() else value.dtype)
-
-    converted: nn.Module = module._apply(convert)
+    found = converted(module, dtype, device)
     if device.type == "cuda":
-        without_cudnn_rnns(converted)
-    return converted
+        without_cudnn_rnns(found)
+    return found
 
 
 def prepare_model(
@@ -246,11 +222,17 @@ def prepare_model(
     """Copy ``model`` into the dtype and device of a run and select its parameters; the user's model is not changed."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model is {type(model).__name__}; needed a torch.nn.Module")
-    _check_modes(model)  # first, since parameters of a lazy module have no size
+    _check_modes(model)  # these first, since parameters of a lazy module have no size
+    require_values(model)
     names = select_parameters(model, parameters)
-    _check_values(model, names)
-    hooked = _converted(_deepcopy(_Hooked(model, forward)), dtype, device)
-    return FunctionalModel(hooked, names, dtype, device, tf32)._with_module(hooked)
+    require_parameters(model, names)
+    hooked = _converted(deepcopy(_Hooked(model, forward)), dtype, device)
+    found = FunctionalModel(hooked, names, dtype, device, tf32)._with_module(hooked)
+    if lost := [name for name, value in found.parameters.items() if not bool(torch.isfinite(value).all())]:
+        raise NonFiniteError(
+            f"parameter {lost[0]!r} overflows {dtype}; use compute_dtype='float64', or scale the model"
+        )
+    return found
 
 
 def without_cudnn_rnns(module: nn.Module) -> None:
@@ -315,41 +297,6 @@ def _check_modes(model: nn.Module) -> None:
                 )
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise ModelError(f"{kind} {name!r} is not initialised; run the model once on a batch first")
-
-
-def _check_values(model: nn.Module, names: tuple[str, ...]) -> None:
-    for name, parameter in model.named_parameters():
-        if name in names and not parameter.is_floating_point():
-            raise ModelError(
-                f"parameter {name!r} has dtype {parameter.dtype}; needed real parameters: keep its real and imaginary "
-                "part as one real parameter and use torch.view_as_complex, or freeze it"
-            )
-    for name, value in _state(model).items():
-        if (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(value).all()):
-            bad = int((~torch.isfinite(value)).sum())
-            raise NonFiniteError(f"{name!r} of the model has {bad} NaN or infinite entries of {value.numel()}")
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, non-persistent buffers too: they decide outputs as well."""
-    return {name: value.detach() for name, value in [*model.named_parameters(), *model.named_buffers()]}
-
-
-def fingerprint(model: nn.Module, names: tuple[str, ...]) -> ModelRecord:
-    """Digests of a model's state and printed structure, with the selected parameters."""
-    digest = hashlib.sha256()
-    every = _state(model)
-    for name, value in sorted(every.items()):
-        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        if value.numel():
-            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return ModelRecord(
-        name=type(model).__name__,
-        state_digest=digest.hexdigest(),
-        structure_digest=hashlib.sha256(repr(model).encode()).hexdigest(),
-        parameters=names,
-        num_parameters=sum(every[name].numel() for name in names),
-    )
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -1,9 +1,10 @@
-"""Samples: tensors, arrays, dicts of arrays or map-style data sets, read in runs and never copied whole."""
+"""Samples: arrays of any library, dicts of them or map-style data sets, read in runs and never copied whole."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -22,18 +23,22 @@ _SINGLE = "input"  # name of the array where samples are not dicts
 _SCAN_BYTES = 32 * 2**20
 _SHOWN_SAMPLES = 8
 _REREAD = 5  # samples that are read twice
+_MOST_PATTERNS = 64  # of infinite entries
+_MOST_PARTS = 3  # of a tuple that is (inputs, targets, weights) rather than samples
+_HOW = "pass an array of real numbers, samples padded to one shape (.toarray() or .to_dense() of what is sparse)"
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Samples in memory."""
+    """Samples in arrays, in memory or wherever what is cut into chunks has them."""
 
-    arrays: Arrays
+    arrays: dict[str, Any]
     num_samples: int  # may be fewer than there are
 
     def read(self, start: int, stop: int) -> Arrays:
-        """Samples ``start:stop`` by array name, first axis the sample, without a copy."""
-        return {name: values[start:stop] for name, values in self.arrays.items()}
+        """Samples ``start:stop`` by array name, first axis the sample; those in memory without a copy."""
+        found = {name: values[start:stop] for name, values in self.arrays.items()}
+        return {k: v if isinstance(v, np.ndarray) else _to_array(v, f"inputs[{k!r}]") for k, v in found.items()}
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,7 @@ class DatasetSource:
         return np.stack(targets)
 
     def _item(self, i: int) -> Any:
-        try:
-            return self.dataset[i]
-        except Exception as error:
-            raise DataError(f"the data set raised {type(error).__name__} at item {i}: {error}") from error
+        return _item(self.dataset, i)
 
     def _sample(self, i: int) -> dict[str, NDArray[Any]]:
         item = self._item(i)
@@ -106,12 +108,15 @@ class Samples:
     given_targets: NDArray[Any] | None  # first axis the sample; None if there are none, or the data set has them
     with_targets: bool  # whether a data set's own targets are wanted
     label: str  # name of the inputs in messages
+    columns: Mapping[str, Sequence[object]] = field(default_factory=dict)  # of frames among the arrays
+    # One sample of each arrangement of infinite entries, as `inspect` finds them.
+    infinite: list[int] = field(default_factory=list, compare=False)
 
     @cached_property
     def targets(self) -> NDArray[Any] | None:
         """First axis the sample, or None; read from a data set when they are first needed."""
         values = self._first_targets(self.num_samples)
-        bad = [] if values is None else _non_finite(values)
+        bad = [] if values is None else _where(~np.isfinite(values))
         if bad:
             raise NonFiniteError(f"targets of {self.label}: NaN or infinite entries in {show_samples(bad)}")
         return values
@@ -133,7 +138,7 @@ class Samples:
         if count == self.num_samples:
             return self
         source = replace(self.source, num_samples=count)
-        return replace(self, source=source, given_targets=self._first_targets(count))
+        return replace(self, source=source, given_targets=self._first_targets(count), infinite=[])
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Runs of about 32 MiB that cover all samples."""
@@ -155,12 +160,13 @@ class Samples:
         )
 
     def inspect(self, label: str) -> DataRecord:
-        """Read every sample once to check that it is finite, and fingerprint all."""
+        """Read every sample once to check that nothing is NaN, find infinite entries, and fingerprint all."""
         described = self.describe()
         chosen = {int(i) for i in np.linspace(0, self.num_samples - 1, _REREAD)}
         before = {i: self.source.read(i, i + 1) for i in chosen}
         digests = {name: hashlib.sha256() for name in described.inputs}
         bad: set[int] = set()
+        patterns: dict[bytes, int] = {}
         for start, stop in self.spans():
             for name, values in self.source.read(start, stop).items():
                 record = ArrayRecord(shape=values.shape[1:], dtype=str(values.dtype))
@@ -168,9 +174,14 @@ class Samples:
                 if first != record:
                     raise DataError(f"{label}: {name!r} of samples {start}:{stop} is {record}, of sample 0 {first}")
                 digests[name].update(np.ascontiguousarray(values).data)
-                bad |= {start + i for i in _non_finite(values)}
+                if values.dtype.kind == "f" and not np.isfinite(values).all():
+                    bad |= {start + i for i in _where(np.isnan(values))}
+                    for i in _where(np.isinf(values)) if len(patterns) < _MOST_PATTERNS else []:
+                        signs = np.sign(values[i], where=np.isinf(values[i]), out=np.zeros_like(values[i]))
+                        patterns.setdefault(name.encode() + hashlib.sha256(signs.data).digest(), start + i)
         if bad:
-            raise NonFiniteError(f"{label}: NaN or infinite entries in {show_samples(sorted(bad))}")
+            raise NonFiniteError(f"{label}: NaN entries in {show_samples(sorted(bad))}; fill or drop them")
+        self.infinite[:] = sorted(set(patterns.values()))[:_MOST_PATTERNS]
         for i, sample in before.items():
             again = self.source.read(i, i + 1)
             if any(not np.array_equal(values, again[name]) for name, values in sample.items()):
@@ -186,10 +197,9 @@ class Samples:
         return described.model_copy(update=found)
 
 
-def _non_finite(values: NDArray[Any]) -> list[int]:
-    if values.dtype.kind != "f" or np.isfinite(values).all():
-        return []
-    return [int(i) for i in np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))]
+def _where(marks: NDArray[np.bool_]) -> list[int]:
+    """Samples with a mark."""
+    return [int(i) for i in np.flatnonzero(marks.reshape(len(marks), -1).any(axis=1))] if marks.any() else []
 
 
 def show_samples(numbers: Sequence[int]) -> str:
@@ -200,54 +210,85 @@ def show_samples(numbers: Sequence[int]) -> str:
 
 
 def as_samples(inputs: object, targets: object = None, *, label: str = "inputs", with_targets: bool = True) -> Samples:
-    """Samples from a tensor, an array, a dict of arrays or a map-style data set."""
+    """Samples from an array, a frame, a dict of those or a map-style data set."""
     source, is_mapping = _as_source(inputs, label)
     if source.num_samples == 0:
         raise DataError(f"{label} holds no samples; needed at least one")
     values = None if targets is None else _to_array(as_values(targets), f"targets of {label}")
     if values is not None and (values.ndim == 0 or len(values) != source.num_samples):
         raise DataError(f"{label} holds {source.num_samples} samples, its targets have shape {values.shape}")
-    samples = Samples(source, is_mapping, values, with_targets, label)
+    parts = inputs if isinstance(inputs, Mapping) else {_SINGLE: inputs}
+    columns = {name: list(found) for name, each in parts.items() if (found := _columns(each)) is not None}
+    samples = Samples(source, is_mapping, values, with_targets, label, columns)
     if values is not None:
         _ = samples.targets  # checked at once; those of a data set when they are read
     return samples
 
 
 def require_same_arrays(train: Samples, test: Samples, label: str) -> None:
-    """Check that two sets of samples have the same arrays, shapes and dtypes."""
+    """Check that two sets of samples have the same arrays, shapes and dtypes, and frames the same columns."""
     left, right = train.source.read(0, 1), test.source.read(0, 1)
     described = [{name: (v.shape[1:], str(v.dtype)) for name, v in arrays.items()} for arrays in (left, right)]
     if described[0] != described[1] or train.is_mapping != test.is_mapping:
         words = ["a dict " if samples.is_mapping else "" for samples in (train, test)]
         raise DataError(f"{label} has samples {words[1]}{described[1]}; the train inputs have {words[0]}{described[0]}")
+    for name in train.columns.keys() & test.columns.keys():
+        one, other = train.columns[name], test.columns[name]
+        if one != other and list(range(len(one))) not in (one, other):  # those say nothing
+            raise DataError(f"{label} has the columns {other}, the train inputs {one}; pass them in one order")
+
+
+def _columns(value: object) -> Collection[object] | None:
+    found = getattr(value, "columns", None) if hasattr(value, "__array__") else None
+    return found if isinstance(found, Collection) else None
 
 
 def _as_source(inputs: object, label: str) -> tuple[Source, bool]:
     if isinstance(inputs, Mapping):
+        inputs = dict(inputs.items())
         if not inputs:
             raise DataError(f"{label} is an empty dict; needed name → array")
         _require_keys(inputs, label)
-        arrays = {name: _to_array(values, f"{label}[{name!r}]") for name, values in inputs.items()}
+        arrays = {name: _to_values(values, f"{label}[{name!r}]") for name, values in inputs.items()}
+        found = {name: getattr(values, "dims", None) for name, values in inputs.items()}
+        dims = {name: each for name, each in found.items() if isinstance(each, tuple) and each}
+        for name, (first, *_) in dims.items():
+            if late := [other for other, each in dims.items() if first in each[1:]]:
+                raise DataError(
+                    f"{label} has the dimension {first!r} first in {name!r} and later in {late[0]!r}; the first axis "
+                    f"of each is the sample: {label}[{late[0]!r}].transpose({first!r}, ...)"
+                )
         lengths = {values.shape[:1] for values in arrays.values()}
         if len(lengths) > 1 or () in lengths:
             shown = ", ".join(f"{name}: {values.shape}" for name, values in arrays.items())
             raise DataError(f"{label} has arrays of unequal lengths ({shown}); the first axis is the sample")
-        return ArraySource(arrays, len(next(iter(arrays.values())))), True
-    if isinstance(inputs, Tensor | np.ndarray):
-        values = _to_array(inputs, label)
-        if values.ndim == 0:
+        return ArraySource(arrays, next(iter(arrays.values())).shape[0]), True
+    if hasattr(inputs, "__array__") or isinstance(inputs, memoryview):
+        values = _to_values(inputs, label)
+        if not values.shape:
             raise DataError(f"{label} is a scalar; needed an array whose first axis is the sample")
-        return ArraySource({_SINGLE: values}, len(values)), False
-    if isinstance(inputs, torch.utils.data.IterableDataset) or not (
-        hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
+        return ArraySource({_SINGLE: values}, values.shape[0]), False
+    if (
+        isinstance(inputs, torch.utils.data.IterableDataset | str | bytes | bytearray)
+        or not (hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__"))
+        or hasattr(inputs, "__dataframe__")
     ):
         raise DataError(
             f"{label} is {type(inputs).__name__}; needed a tensor, an array, a dict of arrays, or a map-style data set "
-            "(with len() and [i])"
+            "(with len() and [i]), as is the .dataset of a DataLoader; of a table its values, as an array"
         )
-    if len(inputs) == 0:
+    if isinstance(inputs, tuple) and (len(inputs) <= _MOST_PARTS or hasattr(inputs, "_fields")):
+        raise DataError(
+            f"{label} is a tuple of {len(inputs)}; pass inputs and targets by name, several inputs of a model as a "
+            "dict of arrays, or samples as a list"
+        )
+    try:
+        size = len(inputs)
+    except TypeError as error:
+        raise DataError(f"{label} is {type(inputs).__name__}, without a length ({error}); {_HOW}") from error
+    if size == 0:
         raise DataError(f"{label} holds no samples; needed at least one")
-    first = inputs[0]
+    first = _item(inputs, 0)
     parts = first if isinstance(first, tuple) else (first,)
     if len(parts) not in {1, 2}:
         raise DataError(
@@ -256,7 +297,17 @@ def _as_source(inputs: object, label: str) -> tuple[Source, bool]:
         )
     if isinstance(parts[0], Mapping):
         _require_keys(parts[0], label)
-    return DatasetSource(inputs, len(inputs), has_targets=len(parts) == 2), isinstance(parts[0], Mapping)
+    return DatasetSource(inputs, size, has_targets=len(parts) == 2), isinstance(parts[0], Mapping)
+
+
+def _item(dataset: Any, i: int) -> Any:
+    try:
+        return dataset[i]
+    except Exception as error:
+        raise DataError(
+            f"the data set ({type(dataset).__name__}) raised {type(error).__name__} at item {i}: {error}; its [i] must "
+            "be a sample for i from 0 to len() - 1"
+        ) from error
 
 
 def _require_keys(mapping: Mapping[Any, Any], label: str) -> None:
@@ -265,20 +316,48 @@ def _require_keys(mapping: Mapping[Any, Any], label: str) -> None:
             raise DataError(f"{label} has the key {name!r}; keys become keyword arguments of the model")
 
 
+def _to_values(value: Any, label: str) -> Any:
+    """An array; what is cut into chunks (HDF5, Zarr, Dask) is left where it is."""
+    shape = getattr(value, "shape", ()) if hasattr(value, "__array__") and hasattr(value, "chunks") else ()
+    return value if shape and isinstance(shape[0], int) else _to_array(value, label)
+
+
 def _to_array(value: object, label: str) -> NDArray[Any]:
+    if np.ma.is_masked(value):
+        raise DataError(f"{label} has masked entries, which are no data; fill them, or leave those samples out")
     try:
         if isinstance(value, Tensor):
             value = value.detach().cpu().resolve_conj().resolve_neg()
-            value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
+            is_small = value.is_floating_point() and value.dtype not in {torch.float16, torch.float32, torch.float64}
+            value = value.float().numpy() if is_small else value.numpy()
         array = np.asarray(value)
-    except (TypeError, ValueError) as error:  # sparse tensors and ragged lists
-        raise DataError(f"{label} cannot be made an array: {error}") from error
+        if array.dtype.kind == "O" and array.ndim:  # rows as objects, and frames whose columns differ in dtype
+            found = np.array(array.tolist())
+            array = found if found.dtype.kind in "fiub" else array
+    except Exception as error:  # sparse tensors and ragged lists, and what other libraries raise
+        raise DataError(f"{label} ({type(value).__name__}) cannot be made an array: {error}; {_HOW}") from error
     if array.dtype.kind not in "fiub":
-        found = f"{label} has dtype {array.dtype}; needed real numbers, integers or booleans"
-        how = "; a store has labels as numbers: np.unique(labels, return_inverse=True)"
-        raise DataError(found + (how if array.dtype.kind in "USO" else ""))
+        raise DataError(_why_not_numbers(array, value, label))
     if 0 in array.shape[1:]:
         raise DataError(f"{label} has shape {array.shape}: its samples are empty")
     if array.dtype == np.longdouble or array.dtype.byteorder == ">":
         array = array.astype(np.float64 if array.dtype.kind == "f" else array.dtype.newbyteorder("="))
     return array
+
+
+def _why_not_numbers(array: NDArray[Any], value: object, label: str) -> str:
+    found = f"{label} has dtype {array.dtype}"
+    if array.dtype.names:
+        name = array.dtype.names[0]
+        return f"{found}; pass a dict of its fields, as in {{{name!r}: array[{name!r}]}}, or one array of all columns"
+    if array.dtype.kind == "O" and array.ndim == 0:
+        return f"{label} is {type(value).__name__}, which is no array; {_HOW}"
+    entries = np.ndenumerate(array) if array.dtype.kind == "O" else ()
+    is_number = Real | np.bool_ | np.ndarray | Tensor
+    place, entry = next(((place, each) for place, each in entries if not isinstance(each, is_number)), ((), ""))
+    if place:
+        found += f" for {entry!s:.40} ({type(entry).__name__}) in row {place[0]}"
+    found += "; needed real numbers, integers or booleans"
+    if isinstance(entry, str) and array.dtype.kind in "UTSO":
+        return f"{found}; a store has labels as numbers: np.unique(labels, return_inverse=True)"
+    return found + ("; fill, convert or drop such entries" if place else "")

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ntkpipe.base.errors import ConfigError, ModelError, NonFiniteError
-from ntkpipe.jacobian.model.functional import fingerprint, prepare_model, resolve_device, select_parameters
+from ntkpipe.jacobian.model.functional import prepare_model, resolve_device, select_parameters
+from ntkpipe.jacobian.model.state import fingerprint
 
 CPU = torch.device("cpu")
 BATCH = torch.linspace(-1, 1, 12).reshape(3, 4)

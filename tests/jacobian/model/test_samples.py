@@ -1,11 +1,17 @@
 """Whatever users have as samples is read alike, fingerprinted, and refused by name where it cannot be."""
 
+import collections
 from decimal import Decimal
 
+import dask.array
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+import xarray as xr
+import zarr
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
 
 from ntkpipe.base.errors import ConfigError, DataError, NonFiniteError
 from ntkpipe.jacobian.model import samples as datasets
@@ -23,6 +29,16 @@ class Stream(IterableDataset):
 
     def __iter__(self):
         return iter(INPUTS)
+
+
+class Columns:
+    """A table without the protocols of one: [name] is a column."""
+
+    def __len__(self):
+        return NUM_SAMPLES
+
+    def __getitem__(self, name):
+        return TOKENS[name]
 
 
 class Rows:
@@ -43,11 +59,32 @@ SINGLE = {
     "list": list(INPUTS),
     "data set": TensorDataset(torch.from_numpy(INPUTS)),
     "pairs": TensorDataset(torch.from_numpy(INPUTS), torch.from_numpy(TARGETS)),
+    "parts": ConcatDataset([TensorDataset(torch.from_numpy(INPUTS[:2])), TensorDataset(torch.from_numpy(INPUTS[2:]))]),
+    "deque": collections.deque(INPUTS),
+    # Neither its columns nor its index are samples.
+    "frame": pd.DataFrame(INPUTS),
+    "frame with names": pd.DataFrame(INPUTS, columns=list("abcd")),
+    "frame in another order": pd.DataFrame(INPUTS, index=[3, 1, 0, 2, 5, 4]),
+    "series of rows": pd.Series(list(INPUTS), index=list("badcfe")),
+    "rows as objects": np.array([*INPUTS, None], dtype=object)[:-1],
+    "data array": xr.DataArray(INPUTS, dims=("time", "place"), coords={"place": [3, 1, 2, 0]}),
+    "dask": dask.array.from_array(INPUTS, chunks=(4, 3)),
+    "data array of dask": xr.DataArray(INPUTS).chunk(4),
+    "zarr": zarr.array(INPUTS, chunks=(4, 3)),
+    "buffer": memoryview(INPUTS),
+    "matrix": np.asmatrix(INPUTS),
+    "masked without a mask": np.ma.array(INPUTS),
 }
 MAPPING = {
     "arrays": TOKENS,
     "tensors": {name: torch.from_numpy(values) for name, values in TOKENS.items()},
     "rows": Rows(),
+    "frames": {name: pd.DataFrame(values, index=[5, 4, 3, 2, 1, 0]) for name, values in TOKENS.items()},
+    "xarray": xr.Dataset({name: (("sample", "position"), values) for name, values in TOKENS.items()}),
+    "lists": {name: values.tolist() for name, values in TOKENS.items()},
+    "user dict": collections.UserDict(TOKENS),
+    "zarrs": {name: zarr.array(values, chunks=(4, 3)) for name, values in TOKENS.items()},
+    "list of dicts": [{name: values[i] for name, values in TOKENS.items()} for i in range(NUM_SAMPLES)],
 }
 
 
@@ -77,6 +114,66 @@ def test_targets_of_pairs_are_taken_unless_others_are_given():
     np.testing.assert_array_equal(as_samples(pairs).targets, TARGETS)
     np.testing.assert_array_equal(as_samples(pairs, TARGETS + 1).targets, TARGETS + 1)
     assert as_samples(INPUTS).targets is None
+
+
+TARGET_KINDS = {
+    "series": pd.Series(TARGETS, index=[3, 1, 0, 2, 5, 4]),
+    "nullable": pd.Series(TARGETS, dtype="Int64"),
+    "objects": pd.Series(TARGETS, dtype=object),
+    "category of numbers": pd.Series(TARGETS, dtype="category"),
+    "data array": xr.DataArray(TARGETS),
+    "list": TARGETS.tolist(),
+    "tuple": tuple(TARGETS),
+    "tensors": list(torch.from_numpy(TARGETS)),
+}
+
+
+@pytest.mark.parametrize("targets", TARGET_KINDS.values(), ids=TARGET_KINDS)
+def test_targets_are_read_in_the_order_of_their_rows(targets):
+    found = as_samples(pd.DataFrame(INPUTS), targets).targets
+    np.testing.assert_array_equal(found, TARGETS)
+    assert found.dtype.kind == "i"
+
+
+def test_columns_of_a_frame_that_differ_in_type_become_numbers():
+    frame = pd.DataFrame({"a": [1, 2], "b": [0.5, -1.0], "c": [True, False], "d": pd.Series([7, 8], dtype="Int8")})
+    expected = [[1, 0.5, 1, 7], [2, -1, 0, 8]]
+    np.testing.assert_array_equal(as_samples(frame).source.read(0, 2)["input"], expected)
+    nullable = pd.DataFrame(INPUTS).astype("Float32")
+    np.testing.assert_array_equal(as_samples(nullable).source.read(0, 6)["input"], INPUTS)
+
+
+def test_what_is_cut_into_chunks_is_read_in_runs(monkeypatch):
+    class Far:
+        """An array that is never there as a whole."""
+
+        shape, chunks, read = (6, 4), (2, 4), []
+
+        def __getitem__(self, rows):
+            self.read.append((rows.start, rows.stop))
+            return INPUTS[rows]
+
+        def __array__(self, dtype=None, copy=None):
+            raise AssertionError
+
+    monkeypatch.setattr(datasets, "_SCAN_BYTES", 40)
+    assert as_samples(Far()).inspect("x") == as_samples(INPUTS).inspect("x")
+    assert as_samples({"input": Far()}).num_samples == NUM_SAMPLES
+    assert max(stop - start for start, stop in Far.read) == 2
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 2, 0]])
+def test_frames_must_have_their_columns_in_one_order(order):
+    train, names = pd.DataFrame(INPUTS, columns=list("abcd")), np.array(list("abcd"))
+    test = train[names[order]]
+    for wrap in (lambda frame: frame, lambda frame: {"x": frame}):
+        if order == [0, 1, 2, 3]:
+            require_same_arrays(as_samples(wrap(train)), as_samples(wrap(test)), "test_inputs")
+        else:
+            with pytest.raises(DataError, match=r"columns \['d', 'b', 'c', 'a'\], the train inputs"):
+                require_same_arrays(as_samples(wrap(train)), as_samples(wrap(test)), "test_inputs")
+    require_same_arrays(as_samples(train), as_samples(pd.DataFrame(test.to_numpy())), "test_inputs")
+    require_same_arrays(as_samples(train), as_samples(test.to_numpy()), "test_inputs")
 
 
 def test_arrays_in_memory_are_not_copied():
@@ -114,7 +211,42 @@ def test_dtypes_become_ones_that_torch_and_the_store_have(values, dtype):
         (Stream(), "x is Stream; needed a tensor"),
         (DataLoader(INPUTS), "x is DataLoader; needed a tensor"),
         (np.ones((6, 0)), r"x has shape \(6, 0\): its samples are empty"),
-        (torch.eye(3).to_sparse(), "x cannot be made an array: .*to_dense"),
+        (torch.eye(3).to_sparse(), r"x \(Tensor\) cannot be made an array: .*to_dense"),
+        (torch.ones(3, 2, device="meta"), r"x \(Tensor\) cannot be made an array"),
+        ([torch.eye(3).to_sparse()], r"inputs\['input'\] \(Tensor\) cannot be made an array"),
+        (scipy.sparse.csr_array(INPUTS), r"x is csr_array, without a length.*\.toarray\(\)"),
+        ({"a": scipy.sparse.csr_array(INPUTS)}, r"x\['a'\] is csr_array, which is no array; pass .*\.toarray\(\)"),
+        (np.ma.masked_greater(INPUTS, 3), "x has masked entries, which are no data"),
+        ({"a": np.ma.masked_greater(INPUTS, 3)}, r"x\['a'\] has masked entries"),
+        (
+            np.zeros(3, [("a", "f8"), ("b", "f8")]),
+            r"x has dtype .*; pass a dict of its fields, as in \{'a': array\['a'\]\}",
+        ),
+        ((INPUTS, TARGETS), "x is a tuple of 2; pass inputs and targets by name"),
+        ((INPUTS, INPUTS), "x is a tuple of 2; .* several inputs of a model as a dict of arrays"),
+        ((INPUTS,), "x is a tuple of 1"),
+        (collections.namedtuple("Pair", "x y")(INPUTS, TARGETS), "x is a tuple of 2"),
+        (pd.DataFrame({"a": [1.0, 2.0], "b": ["u", "v"]}), r"x has dtype object for u \(str\) in row 0; .*np\.unique"),
+        (
+            pd.DataFrame({"a": [1, None], "b": [2, 3]}, dtype="Int64"),
+            r"x has dtype object for <NA> \(NAType\) in row 1; needed real",
+        ),
+        (pd.DataFrame({"a": [1.0], "b": pd.to_datetime(["2020"])}), r"x has dtype object for 2020.*Timestamp"),
+        (pd.Series(pd.to_datetime(["2020"])), r"x has dtype datetime64"),
+        ({"a": pd.Series(["u", "v"], dtype="category")}, r"x\['a'\] has dtype .*np\.unique"),
+        ({"a": INPUTS, "b": None}, r"x\['b'\] is NoneType, which is no array"),
+        ({"a": INPUTS, "b": {"c": INPUTS}}, r"x\['b'\] is dict, which is no array"),
+        (
+            xr.Dataset({"a": (("n", "m"), np.ones((3, 3))), "b": (("m", "n"), np.ones((3, 3)))}),
+            r"dimension 'n' first in 'a' and",
+        ),
+        ([object()], r"inputs\['input'\] is object, which is no array"),
+        ([None, None], r"inputs\['input'\] is NoneType"),
+        ({"a": INPUTS}.items(), "x is dict_items; needed a tensor"),
+        (iter(INPUTS), "x is generator|x is iterator"),
+        ("inputs.npy", "x is str; needed a tensor"),
+        (b"abcd", "x is bytes; needed a tensor"),
+        (Columns(), r"the data set \(Columns\) raised KeyError at item 0: 0; its \[i\] must be a sample"),
         (np.array(["a", "b"]), "x has dtype <U1; needed real numbers"),
         (np.ones((2, 3), complex), "x has dtype complex128"),
         (torch.ones(2, 3, dtype=torch.complex64), "x has dtype complex64"),
@@ -127,7 +259,7 @@ def test_dtypes_become_ones_that_torch_and_the_store_have(values, dtype):
 )
 def test_what_is_no_samples_is_refused_by_name(inputs, message):
     with pytest.raises(DataError, match=message):
-        as_samples(inputs, label="x")
+        as_samples(inputs, label="x").source.read(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -167,16 +299,37 @@ def test_samples_of_unequal_shape_are_named():
         as_samples([{"a": 1.0}, {"a": 1.0, "b": 2.0}]).source.read(0, 2)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_samples_that_are_not_finite_are_named(bad, monkeypatch):
+def test_samples_with_nan_are_named(monkeypatch):
     monkeypatch.setattr(datasets, "_SCAN_BYTES", 40)  # two samples a scan
-    inputs, targets = INPUTS.copy(), TARGETS.astype(float)
-    inputs[[1, 4], [0, 3]] = bad
-    with pytest.raises(NonFiniteError, match=r"x: NaN or infinite entries in samples 1, 4$"):
+    inputs = INPUTS.copy()
+    inputs[[1, 4], [0, 3]] = np.nan
+    inputs[2] = np.inf
+    with pytest.raises(NonFiniteError, match=r"x: NaN entries in samples 1, 4; fill or drop them"):
         as_samples(inputs, label="x").inspect("x")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_targets_that_are_not_finite_are_named(bad):
+    targets = TARGETS.astype(float)
     targets[3] = bad
     with pytest.raises(NonFiniteError, match=r"targets of x: NaN or infinite entries in sample 3$"):
         as_samples(INPUTS, targets, label="x")
+
+
+@pytest.mark.parametrize("scan_bytes", [1, 40, 10**6])
+def test_one_sample_of_each_arrangement_of_infinite_entries_is_found(monkeypatch, scan_bytes):
+    monkeypatch.setattr(datasets, "_SCAN_BYTES", scan_bytes)
+    inputs = INPUTS.copy()
+    inputs[[1, 4], 2] = -np.inf  # alike
+    inputs[2, 2], inputs[5, :2] = np.inf, -np.inf
+    samples = as_samples({"x": inputs, "y": TARGETS})
+    samples.inspect("x")
+    samples.inspect("x")
+    assert samples.infinite == [1, 2, 5]
+    assert samples.first(3).infinite == []
+    monkeypatch.setattr(datasets, "_MOST_PATTERNS", 2)
+    samples.inspect("x")
+    assert samples.infinite == [1, 2]
 
 
 @pytest.mark.parametrize("scan_bytes", [1, 40, 10**6])

@@ -1,0 +1,211 @@
+"""The tensors of a model, whatever their layout: checked, copied, converted and fingerprinted."""
+
+import copy
+import hashlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from types import FunctionType, ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ntkpipe.base.errors import ModelError, NonFiniteError
+from ntkpipe.store.manifest import ModelRecord
+
+# What returns the plain tensors of each layout.
+_PARTS: dict[torch.layout, tuple[str, ...]] = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+    torch._mkldnn: ("to_dense",),  # type: ignore[attr-defined]
+}
+
+
+_PLAIN: Any = object.__reduce_ex__  # of objects that deepcopy copies attribute by attribute
+
+
+def parts(value: Tensor) -> list[Tensor]:
+    """Plain tensors that hold the numbers of a tensor."""
+    value = value.detach()
+    if _is_wrapper(value):
+        names = cast("Any", value).__tensor_flatten__()[0]
+        return [part for name in names for part in parts(getattr(value, name))]
+    if value.is_nested:
+        return [part for each in value.unbind() for part in parts(each)]
+    if value.is_quantized:
+        return [value.int_repr(), value.dequantize()]
+    if value.layout in _PARTS:
+        return [getattr(value, name)() for name in _PARTS[value.layout]]
+    return [value.resolve_conj().resolve_neg()]
+
+
+def _is_wrapper(value: Any) -> bool:
+    return is_traceable_wrapper_subclass(value)  # distributed and jagged tensors, quantised ones of torchao
+
+
+def _is_special(value: Tensor) -> bool:
+    return value.layout != torch.strided or value.is_nested or value.is_quantized or _is_wrapper(value)
+
+
+def num_bytes(values: Iterable[Tensor]) -> int:
+    """Bytes that tensors hold."""
+    return sum(part.nbytes for value in values for part in parts(value))
+
+
+def require_values(model: nn.Module) -> None:
+    """Check that the parameters and buffers of a model have values, and buffers no graph."""
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(value):
+            raise ModelError(f"{name!r} of the model is not initialised; run the model once on a batch first")
+        if value.is_meta:
+            raise ModelError(
+                f"{name!r} of the model is on the meta device, where tensors have no values; call "
+                "model.to_empty(device='cpu') and load a state dict, or make the model without torch.device('meta')"
+            )
+        if value.grad_fn is not None:
+            raise ModelError(
+                f"buffer {name!r} was computed from parameters outside the forward pass, so that its derivative would "
+                "be lost; compute it in forward, or detach it if it is meant to be constant"
+            )
+
+
+def require_parameters(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Check that the selected parameters are plain, real and finite, and that nothing else is NaN."""
+    selected: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if name in names}
+    for name, value in selected.items():
+        if _is_special(value):
+            what = type(value).__name__ if value.layout == torch.strided else str(value.layout)
+            raise ModelError(
+                f"parameter {name!r} is {what}; needed plain dense parameters: keep its values as one and build the "
+                "tensor in forward, or freeze it"
+            )
+        if not value.is_floating_point():
+            raise ModelError(
+                f"parameter {name!r} has dtype {value.dtype}; needed real parameters: keep its real and imaginary "
+                "part as one real parameter and use torch.view_as_complex, or freeze it"
+            )
+        if _changes_gradients(value):
+            raise ModelError(
+                f"parameter {name!r} has a hook that changes its gradient (register_hook), which the kernel would "
+                "lack; remove the hook by its handle, or do in forward what it is for"
+            )
+    for name, value in _tensors(model).items():
+        # Masks and observers hold infinities on purpose: outputs and Jacobians are checked to be finite.
+        bad = _count(value, finite=name in selected)
+        if bad:
+            what = "NaN or infinite" if name in selected else "NaN"
+            raise NonFiniteError(f"{name!r} of the model has {bad} {what} entries of {value.numel()}")
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, non-persistent buffers too: they decide outputs as well."""
+    return {name: value.detach() for name, value in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def _count(value: Tensor, *, finite: bool) -> int:
+    """Entries that are NaN, or not finite."""
+    bad = 0
+    for part in parts(value):
+        if part.is_floating_point() or part.is_complex():
+            part = part.float() if part.itemsize == 1 else part  # torch compares few of the small dtypes
+            bad += int((~torch.isfinite(part) if finite else torch.isnan(part)).sum())
+    return bad
+
+
+def _changes_gradients(parameter: Tensor) -> bool:
+    """Whether a hook of a parameter changes its gradient; one that only looks does not."""
+    hooks = list((parameter._backward_hooks or {}).values())
+    given = torch.logspace(8, -8, parameter.numel()).reshape(parameter.shape).to(parameter) if hooks else parameter
+    found = given.clone() if hooks else given
+    try:
+        for hook in hooks:
+            returned = hook(found)
+            found = found if returned is None else returned
+    except Exception:  # noqa: BLE001 - whatever it needs, it gets no gradient here
+        return True
+    return bool(hooks) and not torch.equal(found, given)
+
+
+def _tensors_inside(module: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that a copy of a module would copy, in attributes, containers and plain objects too."""
+    left: list[Any] = [vars(child) for child in module.modules()]
+    seen: set[int] = set()
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple | set | deque):
+            left += value
+        elif not isinstance(value, FunctionType | ModuleType) and getattr(type(value), "__reduce_ex__", 0) is _PLAIN:
+            left.append(getattr(value, "__dict__", None))
+
+
+def deepcopy(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
+    """A copy of a module; ``shared`` are objects by id that stay the same, or what takes their place."""
+    memo = dict(shared or {})
+    for value in _tensors_inside(module):
+        if id(value) in memo:
+            continue
+        if not value.is_leaf:
+            # Old-style weight_norm and friends keep computed tensors as attributes, which deepcopy refuses; they are
+            # recomputed by the next forward pass. Where one is used as it is, the outputs depend on a leaf that is no
+            # parameter, which the probe refuses.
+            memo[id(value)] = value.detach().clone().requires_grad_()
+        elif _is_special(value) or type(value) not in {Tensor, nn.Parameter}:  # deepcopy refuses many of them
+            clone = value.detach().clone()
+            memo[id(value)] = nn.Parameter(clone, value.requires_grad) if isinstance(value, nn.Parameter) else clone
+    try:
+        with torch.no_grad():  # else the parameters of a scripted module's copy depend on those of the original
+            return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise ModelError(f"the model cannot be copied (copy.deepcopy raised {error!r}); make it copyable") from error
+
+
+def converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The module in a dtype; complex buffers, which ``Module.to`` would strip of their imaginary part, stay complex."""
+
+    def convert(value: Tensor) -> Tensor:
+        if value.is_complex():
+            return value.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+
+    try:
+        found: nn.Module = module._apply(convert)
+    except Exception as error:
+        raise ModelError(
+            f"the model cannot be converted to {dtype} on {device} ({type(error).__name__}: {error}); keep what torch "
+            "cannot convert as dense tensors of an ordinary dtype"
+        ) from error
+    return found
+
+
+def fingerprint(model: nn.Module, names: tuple[str, ...]) -> ModelRecord:
+    """Digests of a model's state and printed structure, with the selected parameters."""
+    digest = hashlib.sha256()
+    every = _tensors(model)
+    for name, value in sorted(every.items()):
+        shape = () if value.is_nested else tuple(value.shape)
+        digest.update(f"{name}|{value.dtype}|{shape}|".encode())
+        found = parts(value)
+        for part in found:
+            if len(found) > 1:
+                digest.update(f"{part.dtype}|{tuple(part.shape)}|".encode())
+            if part.numel():
+                digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return ModelRecord(
+        name=type(model).__name__,
+        state_digest=digest.hexdigest(),
+        structure_digest=hashlib.sha256(repr(model).encode()).hexdigest(),
+        parameters=names,
+        num_parameters=sum(every[name].numel() for name in names),
+    )
