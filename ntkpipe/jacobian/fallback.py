@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from ntkpipe.base.errors import ModelError
 from ntkpipe.base.grid import Span
+from ntkpipe.jacobian.model.device import is_out_of_memory
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.model.samples import Source
 
@@ -74,6 +75,10 @@ def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
 METHODS = {"vmap": by_vmap, "loop": by_loop}
 
 
+class NoProductError(ModelError):
+    """J u cannot be computed but row by row."""
+
+
 @dataclass(frozen=True)
 class JacobianProducts:
     """Products with J and J' over a set of samples; memory is one batch and two parameter vectors."""
@@ -104,6 +109,26 @@ class JacobianProducts:
             step()
         return total
 
+    def row_gradients(
+        self, source: Source, labels: NDArray[np.int64], step: Callable[[], None]
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Sums of the gradients of rows with equal labels, a few rows at a time; negative labels are left out."""
+        # A backward pass has one covector, unscaled, as those of the tiles: where hooks clip gradients it is not linear.
+        by_sample, parameters = labels.reshape(-1, len(self.covectors)), self.model.parameters
+        for span, batch in self.batches(source):
+            own = by_sample[span.start : span.stop]
+            wanted = [(n, int(label)) for n, column in enumerate(own.T) for label in np.unique(column[column >= 0])]
+            outputs = self.model(batch) if wanted else self.covectors
+            for left, (number, label) in zip(reversed(range(len(wanted))), wanted, strict=True):
+                seed = torch.zeros_like(outputs)
+                seed[np.flatnonzero(own[:, number] == label)] = self.covectors[number].to(outputs)
+                found = torch.autograd.grad(
+                    outputs, list(parameters.values()), seed, retain_graph=left > 0, allow_unused=True
+                )
+                pairs = zip(parameters, found, strict=True)
+                yield label, {name: grad.to_dense() for name, grad in pairs if grad is not None}
+            step()
+
     def product(self, source: Source, direction: Mapping[str, Tensor], step: Callable[[], None]) -> NDArray[np.float64]:
         """``J u`` for a direction u in parameter space, shape (n*S,)."""
         parameters = {name: value.detach() for name, value in self.model.parameters.items()}
@@ -132,10 +157,10 @@ class JacobianProducts:
             pairs = zip(live, grads, strict=True)
             dot = torch.stack([(grad * tangents[name]).sum() for name, grad in pairs if grad is not None]).sum()
             (derivatives,) = torch.autograd.grad(dot, weights)
-        except RuntimeError as error:
-            raise ModelError(
-                f"this model cannot be certified: it has neither forward-mode nor second derivatives ({error})"
-            ) from error
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise NoProductError(f"the model has neither forward-mode nor second derivatives ({error})") from error
         return derivatives
 
     def spans(self, num_samples: int) -> list[Span]:
