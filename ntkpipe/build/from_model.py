@@ -290,7 +290,7 @@ class GradientProducts(RowProducts):
         """See :meth:`RowProducts.bundles`: two random halves of the samples of a batch, for each covector."""
         products, count = self._products[0], self._prepared.samples[split].num_samples
         width = len(products.covectors)
-        batches = np.repeat(*zip(*[(n, len(span)) for n, span in enumerate(products.spans(count))], strict=True))
+        batches = np.concatenate([np.full(len(span), n) for n, span in enumerate(products.spans(count))])
         halves = 2 * batches + np.random.default_rng(1).integers(2, size=count)
         found: NDArray[np.int64] = (halves[:, None] * width + np.arange(width)).reshape(-1)
         return found

@@ -52,9 +52,7 @@ class _Stored:
 
     def summed(self, labels: NDArray[np.int64], count: int) -> "_Stored":
         """The same summed over the rows with each label, but negative ones."""
-        return _Stored(
-            self.array, _summed(labels, self.product, count), np.sqrt(_summed(labels, self.scale**2, count))
-        )
+        return _Stored(self.array, _summed(labels, self.product, count), np.sqrt(_summed(labels, self.scale**2, count)))
 
 
 def certify(store: Store, source: TileSource, step: Callable[[], None]) -> tuple[dict[str, Any], ...]:
@@ -78,14 +76,14 @@ def certify(store: Store, source: TileSource, step: Callable[[], None]) -> tuple
     labels = {split: by_rows.bundles(split) for split in dict.fromkeys(split for *_, split in stored)}
     sums = by_rows.sums(labels)
 
-    def summed(key: Key) -> _Stored:
-        return stored[key].summed(labels[key[-1]], len(sums[key]))
+    def summed(products: Mapping[Key, _Stored], key: Key) -> _Stored:
+        return products[key].summed(labels[key[-1]], len(sums[key]))
 
     if exact is not None:
-        ours = {key: replace(summed(key), product=_summed(labels[key[-1]], exact[key], len(sums[key]))) for key in stored}
-        if all(judge(each, sums[key])["is_good"] for key, each in ours.items()):
+        ours = {key: replace(each, product=exact[key]) for key, each in stored.items()}
+        if all(judge(summed(ours, key), sums[key])["is_good"] for key in ours):
             return tuple(found.values())
-    by_bundle = {key: judge(summed(key), sums[key]) for key in stored}
+    by_bundle = {key: judge(summed(stored, key), sums[key]) for key in stored}
     return tuple(_rows_named(by_rows, stored, labels, by_bundle, judge).values())
 
 
@@ -118,8 +116,7 @@ def _rows_named(
 
 
 def _summed(labels: NDArray[np.int64], values: Vector, count: int) -> Vector:
-    found: Vector = np.bincount(labels[labels >= 0], weights=values[labels >= 0], minlength=count)
-    return found
+    return np.bincount(labels[labels >= 0], weights=values[labels >= 0], minlength=count).astype(np.float64)
 
 
 def _stored_products(store: Store, signs: Vector, precision: float) -> dict[Key, _Stored]:

@@ -113,7 +113,7 @@ class JacobianProducts:
         self, source: Source, labels: NDArray[np.int64], step: Callable[[], None]
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Sums of the gradients of rows with equal labels, a few rows at a time; negative labels are left out."""
-        # A backward pass has one covector, unscaled, as those of the tiles: where hooks clip gradients it is not linear.
+        # A backward pass has one covector, unscaled, as those of the tiles: hooks that clip gradients are not linear.
         by_sample, parameters = labels.reshape(-1, len(self.covectors)), self.model.parameters
         for span, batch in self.batches(source):
             own = by_sample[span.start : span.stop]
