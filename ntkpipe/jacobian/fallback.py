@@ -5,7 +5,7 @@ So are products J'v and J u with the Jacobian of a whole data set, for which tha
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -73,6 +73,9 @@ def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
 
 
 METHODS = {"vmap": by_vmap, "loop": by_loop}
+_COMPARED = 8  # rows by which the ways of finding J u are judged
+_GOOD = 1e4  # times the rounding unit: certainly of the same J
+_COMPARED_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "tf32": 0.1, "bfloat16": 0.5}
 
 
 class NoProductError(ModelError):
@@ -92,6 +95,37 @@ class JacobianProducts:
     subtile: int
     batch: int
     is_mapping: bool  # whether a sample is a dict
+    forward_mode: bool = True  # whether J u may be found by forward mode, and not by reverse mode twice
+
+    def agreeing(self, source: Source) -> "JacobianProducts":
+        """The way of finding J u that is of the same J as gradients are, by a few rows of a few samples."""
+        # Forward mode passes over hooks, estimators and solvers whose backward pass is not the derivative of forward.
+        generator, count = np.random.default_rng(0), source.num_samples * len(self.covectors)
+        labels, chosen = np.full(count, -1), generator.choice(count, size=min(_COMPARED, count), replace=False)
+        labels[chosen] = np.arange(len(chosen))
+        rows: list[dict[str, Tensor]] = [{} for _ in chosen]
+        for label, gradients in self.row_gradients(source, labels, lambda: None):
+            rows[label] = gradients
+        flat = [{name: value.double().reshape(-1) for name, value in row.items()} for row in rows]
+        gram = np.array([[sum(float(a[n] @ b[n]) for n in a.keys() & b.keys()) for b in flat] for a in flat])
+        signs, vector = generator.choice([-1.0, 1.0], size=len(chosen)), np.zeros(count)
+        vector[chosen] = signs
+        scale = np.sqrt(np.clip(gram.diagonal() * (signs @ gram @ signs), np.finfo(float).tiny, None))
+        errors = {}
+        for way in (self, replace(self, forward_mode=False)):
+            with contextlib.suppress(NoProductError):
+                found = way.product(source, way.transposed(source, vector, lambda: None), lambda: None)[chosen]
+                errors[way.forward_mode] = float((np.abs(found - gram @ signs) / scale).max())
+                if errors[way.forward_mode] <= _GOOD * torch.finfo(self.model.dtype).eps:
+                    return way
+        best = min(errors, key=lambda way: errors[way], default=True)
+        if not errors.get(best, 1.0) <= _COMPARED_TOLERANCE[self.model.arithmetic]:
+            raise ModelError(
+                "the kernel of this model is no product J (J' v): its backward pass is not the derivative of its "
+                f"forward pass, or not linear (J (J' v) is off by {errors.get(best, 1.0):.1e}). kernel_matrix and "
+                "compute_kernel take each gradient by itself; use one of them"
+            )
+        return replace(self, forward_mode=best)
 
     def transposed(self, source: Source, vector: NDArray[np.float64], step: Callable[[], None]) -> dict[str, Tensor]:
         """``J' v`` as one float64 tensor for each parameter; v has shape (n*S,)."""
@@ -145,6 +179,8 @@ class JacobianProducts:
         """Derivatives of a batch's outputs along the tangents, shape (B, O)."""
         found: Tensor
         with contextlib.suppress(Exception):  # operations without forward-mode derivatives, parameters out of reach
+            if not self.forward_mode:
+                raise NoProductError
             outputs, found = torch.func.jvp(lambda p: self.model.call_with(p, batch), (parameters,), (tangents,))[:2]
             self.model.require_replaced(outputs)
             return found
