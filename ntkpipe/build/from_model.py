@@ -3,7 +3,7 @@
 import platform
 import socket
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ntkpipe.base.errors import SelfCheckError, StoreMismatchError
 from ntkpipe.base.grid import kernel_grids
-from ntkpipe.build.life import Products, StoreSink, TileSource, Vector, Work
+from ntkpipe.build.life import Products, RowProducts, StoreSink, TileSource, Vector, Work
 from ntkpipe.build.plan import Plan, make_plan
 from ntkpipe.build.prepare import Prepared, Request, Settled, plan_and_check, prepare, products_of, workload_of
 from ntkpipe.build.records import TileRecord, logged
 from ntkpipe.build.tiles import BuildJob, Sink, StripCache
 from ntkpipe.build.workers import Resources, versions
 from ntkpipe.jacobian.engine import Engine
-from ntkpipe.jacobian.fallback import JacobianProducts
+from ntkpipe.jacobian.fallback import JacobianProducts, NoProductError
 from ntkpipe.jacobian.model.samples import Samples, Source, StoredSource
 from ntkpipe.jacobian.model.state import fingerprint
 from ntkpipe.jacobian.probe import probe_samples
@@ -221,8 +222,14 @@ class ModelSource(TileSource):
         passes = [samples["train"], *len(self._groups) * list(samples.values())]
         return sum(len(each.spans(one.num_samples)) for each in self._products for one in passes)
 
-    def products(self, signs: Vector, step: Callable[[], None]) -> Products:
-        """See :meth:`TileSource.products`: J(J'v), by plain ``torch.func``."""
+    def products(self, signs: Vector, step: Callable[[], None]) -> Products | None:
+        """See :meth:`TileSource.products`: J(J'v), by plain ``torch.func``; none where there is no J u."""
+        try:
+            return self._products_of(signs, step)
+        except NoProductError:
+            return None
+
+    def _products_of(self, signs: Vector, step: Callable[[], None]) -> Products:
         found: Products = {}
         for output, each in enumerate(self._products):
             # J'v is computed once: its parts in the groups of parameters give their kernels, which sum to the whole.
@@ -236,6 +243,10 @@ class ModelSource(TileSource):
                         found[key] = found[key] + product if key in found else product
         return found
 
+    def row_products(self, signs: Vector) -> "GradientProducts":
+        """See :meth:`TileSource.row_products`: u = J'v, then the gradients of rows times u."""
+        return GradientProducts(self.prepared, self._products, self._groups, signs)
+
     @property
     def _products(self) -> list[JacobianProducts]:
         """One; or one for each output, which sum to the kernel or have one each."""
@@ -248,3 +259,62 @@ class ModelSource(TileSource):
         """Parameters of each group, and last of those in none."""
         left = frozenset(self.manifest.model.parameters).difference(*self.manifest.groups.values())
         return [*map(frozenset, self.manifest.groups.values()), *([left] if left else [])]
+
+
+class GradientProducts(RowProducts):
+    """K v at rows, or sums of rows, as <g_r, J'v>, by backward passes alone as those of the tiles."""
+
+    # They say what a store should hold, whether or not backward is the derivative of forward: J u of a straight-through
+    # estimator, of a hook that scales gradients, or of an implicit layer is of another J than the gradients are.
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        products: Sequence[JacobianProducts],
+        groups: Sequence[frozenset[str]],
+        signs: NDArray[np.float64],
+    ) -> None:
+        self._prepared, self._products, self._groups, self._signs = prepared, products, groups, signs
+        self._directions = [self._transposed(each) for each in products]
+
+    def _transposed(self, products: JacobianProducts) -> dict[str, Tensor]:
+        parameters = products.model.parameters
+        total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
+        labels = (self._signs > 0).astype(np.int64)
+        for label, gradients in products.row_gradients(self._prepared.train.source, labels, _no_step):
+            for name, value in gradients.items():
+                total[name] += value if label else -value
+        return total
+
+    def bundles(self, split: str) -> NDArray[np.int64]:
+        """See :meth:`RowProducts.bundles`: two random halves of the samples of a batch, for each covector."""
+        products, count = self._products[0], self._prepared.samples[split].num_samples
+        width = len(products.covectors)
+        batches = np.concatenate([np.full(len(span), n) for n, span in enumerate(products.spans(count))])
+        halves = 2 * batches + np.random.default_rng(1).integers(2, size=count)
+        found: NDArray[np.int64] = (halves[:, None] * width + np.arange(width)).reshape(-1)
+        return found
+
+    def sums(self, labels: Mapping[str, NDArray[np.int64]]) -> Products:
+        """See :meth:`RowProducts.sums`."""
+        found: Products = {}
+        is_apart = self._prepared.kind.pairs == "same"
+        for output, (products, direction) in enumerate(zip(self._products, self._directions, strict=True)):
+            for split, own in labels.items():
+                source, place = self._prepared.samples[split].source, output if is_apart else None
+                numbers: list[int | None] = [None, *range(len(self._groups))]
+                into = [found.setdefault((n, place, split), np.zeros(own.max(initial=-1) + 1)) for n in numbers]
+                for label, gradients in products.row_gradients(source, own, _no_step):
+                    for names, values in zip(self._groups, into[1:], strict=True):
+                        part = sum(
+                            float((value.double() * direction[name]).sum())
+                            for name, value in gradients.items()
+                            if name in names
+                        )
+                        values[label] += part
+                        into[0][label] += part
+        return found
+
+
+def _no_step() -> None:
+    pass

@@ -153,6 +153,7 @@ class _MatrixSink:
 
 
 _SHARE_OF_MEMORY = 0.5  # of the free memory, for the self-check, which has no plan
+_COMPARED = 5  # samples by which the way of finding products is chosen
 _NUM_PROBES = 32  # random sign vectors for the Frobenius norm
 
 
@@ -176,7 +177,8 @@ class JacobianOperator(Operator):
         dtype = np.dtype(np.float64 if model.dtype == torch.float64 else np.float32)
         super().__init__(prepared.train.num_samples * prepared.num_covectors, dtype)
         size = prepared.train.num_samples
-        self._products = products_of(prepared, size, size, size, batch)
+        few = prepared.train.first(min(size, _COMPARED)).source
+        self._products = [each.agreeing(few) for each in products_of(prepared, size, size, size, batch)]
         # The identity holds digests of parameters and samples, and what is computed from them.
         self._prepared, self._engine, self._identity, self._step = prepared, engine, identity, step
 

@@ -27,7 +27,18 @@ from ntkpipe.store.store import Mode, Store, prepare_path
 _KERNELS = ("kernel/train", "kernel/test_train", "kernel/test_diagonal")
 
 Vector = NDArray[np.float64]
-Products = dict[tuple[int | None, int | None, str], Vector]  # by group (None: all), output (None: not apart) and split
+Key = tuple[int | None, int | None, str]  # group (None: all), output (None: not apart) and split
+Products = dict[Key, Vector]
+
+
+class RowProducts(Protocol):
+    """Every kernel times a vector at a few rows, or summed over some, by gradients of rows alone."""
+
+    def bundles(self, split: str) -> NDArray[np.int64]:
+        """A label for each row; sums over the rows of a label cost about as much as tiles of their samples."""
+
+    def sums(self, labels: Mapping[str, NDArray[np.int64]]) -> Products:
+        """Sums over the rows with each label, but those with a negative one, for each split that is given."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +112,13 @@ class TileSource(Protocol):
         """Calls of ``step`` by :meth:`products`."""
         return 0
 
-    def products(self, signs: Vector, step: Callable[[], None]) -> Products:
+    def products(self, signs: Vector, step: Callable[[], None]) -> Products | None:
         """Every kernel times a vector, found in another way than its tiles are: what certifies a store."""
         raise ConfigError(f"{type(self).__name__} has no certificate")
+
+    def row_products(self, signs: Vector) -> RowProducts | None:
+        """The same row by row, where :meth:`products` has none or may be of something else."""
+        return None
 
 
 class PlaneSource(TileSource, Protocol):

@@ -5,7 +5,7 @@ So are products J'v and J u with the Jacobian of a whole data set, for which tha
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from ntkpipe.base.errors import ModelError
 from ntkpipe.base.grid import Span
+from ntkpipe.jacobian.model.device import is_out_of_memory
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.model.samples import Source
 
@@ -72,6 +73,13 @@ def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
 
 
 METHODS = {"vmap": by_vmap, "loop": by_loop}
+_COMPARED = 8  # rows by which the ways of finding J u are judged
+_GOOD = 1e4  # times the rounding unit: certainly of the same J
+_COMPARED_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "tf32": 0.1, "bfloat16": 0.5}
+
+
+class NoProductError(ModelError):
+    """J u cannot be computed but row by row."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,37 @@ class JacobianProducts:
     subtile: int
     batch: int
     is_mapping: bool  # whether a sample is a dict
+    forward_mode: bool = True  # whether J u may be found by forward mode, and not by reverse mode twice
+
+    def agreeing(self, source: Source) -> "JacobianProducts":
+        """The way of finding J u that is of the same J as gradients are, by a few rows of a few samples."""
+        # Forward mode passes over hooks, estimators and solvers whose backward pass is not the derivative of forward.
+        generator, count = np.random.default_rng(0), source.num_samples * len(self.covectors)
+        labels, chosen = np.full(count, -1), generator.choice(count, size=min(_COMPARED, count), replace=False)
+        labels[chosen] = np.arange(len(chosen))
+        rows: list[dict[str, Tensor]] = [{} for _ in chosen]
+        for label, gradients in self.row_gradients(source, labels, lambda: None):
+            rows[label] = gradients
+        flat = [{name: value.double().reshape(-1) for name, value in row.items()} for row in rows]
+        gram = np.array([[sum(float(a[n] @ b[n]) for n in a.keys() & b.keys()) for b in flat] for a in flat])
+        signs, vector = generator.choice([-1.0, 1.0], size=len(chosen)), np.zeros(count)
+        vector[chosen] = signs
+        scale = np.sqrt(np.clip(gram.diagonal() * (signs @ gram @ signs), np.finfo(float).tiny, None))
+        errors = {}
+        for way in (self, replace(self, forward_mode=False)):
+            with contextlib.suppress(NoProductError):
+                found = way.product(source, way.transposed(source, vector, lambda: None), lambda: None)[chosen]
+                errors[way.forward_mode] = float((np.abs(found - gram @ signs) / scale).max())
+                if errors[way.forward_mode] <= _GOOD * torch.finfo(self.model.dtype).eps:
+                    return way
+        best = min(errors, key=lambda way: errors[way], default=True)
+        if not errors.get(best, 1.0) <= _COMPARED_TOLERANCE[self.model.arithmetic]:
+            raise ModelError(
+                "the kernel of this model is no product J (J' v): its backward pass is not the derivative of its "
+                f"forward pass, or not linear (J (J' v) is off by {errors.get(best, 1.0):.1e}). kernel_matrix and "
+                "compute_kernel take each gradient by itself; use one of them"
+            )
+        return replace(self, forward_mode=best)
 
     def transposed(self, source: Source, vector: NDArray[np.float64], step: Callable[[], None]) -> dict[str, Tensor]:
         """``J' v`` as one float64 tensor for each parameter; v has shape (n*S,)."""
@@ -104,6 +143,26 @@ class JacobianProducts:
             step()
         return total
 
+    def row_gradients(
+        self, source: Source, labels: NDArray[np.int64], step: Callable[[], None]
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Sums of the gradients of rows with equal labels, a few rows at a time; negative labels are left out."""
+        # A backward pass has one covector, unscaled, as those of the tiles: hooks that clip gradients are not linear.
+        by_sample, parameters = labels.reshape(-1, len(self.covectors)), self.model.parameters
+        for span, batch in self.batches(source):
+            own = by_sample[span.start : span.stop]
+            wanted = [(n, int(label)) for n, column in enumerate(own.T) for label in np.unique(column[column >= 0])]
+            outputs = self.model(batch) if wanted else self.covectors
+            for left, (number, label) in zip(reversed(range(len(wanted))), wanted, strict=True):
+                seed = torch.zeros_like(outputs)
+                seed[np.flatnonzero(own[:, number] == label)] = self.covectors[number].to(outputs)
+                found = torch.autograd.grad(
+                    outputs, list(parameters.values()), seed, retain_graph=left > 0, allow_unused=True
+                )
+                pairs = zip(parameters, found, strict=True)
+                yield label, {name: grad.to_dense() for name, grad in pairs if grad is not None}
+            step()
+
     def product(self, source: Source, direction: Mapping[str, Tensor], step: Callable[[], None]) -> NDArray[np.float64]:
         """``J u`` for a direction u in parameter space, shape (n*S,)."""
         parameters = {name: value.detach() for name, value in self.model.parameters.items()}
@@ -120,6 +179,8 @@ class JacobianProducts:
         """Derivatives of a batch's outputs along the tangents, shape (B, O)."""
         found: Tensor
         with contextlib.suppress(Exception):  # operations without forward-mode derivatives, parameters out of reach
+            if not self.forward_mode:
+                raise NoProductError
             outputs, found = torch.func.jvp(lambda p: self.model.call_with(p, batch), (parameters,), (tangents,))[:2]
             self.model.require_replaced(outputs)
             return found
@@ -132,10 +193,10 @@ class JacobianProducts:
             pairs = zip(live, grads, strict=True)
             dot = torch.stack([(grad * tangents[name]).sum() for name, grad in pairs if grad is not None]).sum()
             (derivatives,) = torch.autograd.grad(dot, weights)
-        except RuntimeError as error:
-            raise ModelError(
-                f"this model cannot be certified: it has neither forward-mode nor second derivatives ({error})"
-            ) from error
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise NoProductError(f"the model has neither forward-mode nor second derivatives ({error})") from error
         return derivatives
 
     def spans(self, num_samples: int) -> list[Span]:

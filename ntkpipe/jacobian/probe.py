@@ -11,6 +11,15 @@ from torch import Tensor
 from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import take
+from ntkpipe.jacobian.mixing import (
+    FLOOR,
+    MIXES,
+    covectors_of,
+    distance,
+    gradients_of,
+    require_repeatable,
+    require_single,
+)
 from ntkpipe.jacobian.model.functional import MIXING_TOLERANCE, Batch, FunctionalModel
 from ntkpipe.jacobian.model.samples import show_samples
 from ntkpipe.jacobian.representations.interface import Setup
@@ -52,12 +61,15 @@ def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: b
         if problems:
             passes = [Pass(model.explained(each), []) for each in batches]
     outputs = [each.outputs for each in passes]
-    with torch.no_grad():
-        mixing, scale = _mixing(outputs, chosen)
-        if not mixing <= limit * scale:
-            is_random = not float((model(batches[0]) - outputs[0]).abs().max()) <= limit * scale
-            raise ModelError(_RANDOM if is_random else _MIXES.format(mixing, scale))
-    reached = _reached(passes[:2], parameters, model.constants())
+    mixing, scale = _mixing([each.detach() for each in outputs], chosen)
+    if not mixing <= FLOOR[model.arithmetic] * scale:
+        require_repeatable(model, batches[0], outputs[0].detach())
+    if not mixing <= limit * scale:
+        raise ModelError(MIXES.format("outputs", f"change by {mixing:.2g} (of {scale:.2g})"))
+    gradients, gap = _gradients(model, outputs)
+    if max(mixing / scale, gap) > FLOOR[model.arithmetic]:
+        require_single(model, batches[0], range(len(chosen)), model.arithmetic, gap)
+    reached = _reached(passes[:2], gradients, parameters, model.constants())
     with _added_to(problems):
         tracing = trace(parameters, passes, reached, expansions) if not problems else None
     if tracing is None or problems:
@@ -68,16 +80,6 @@ def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: b
 def make_engine(probed: Probed, setup: Setup) -> Engine:
     """The engine of a model that was probed, with a method for the fallback."""
     return Engine(probed.model, probed.tracing, "vmap", setup).with_working_method(probed.batch)
-
-
-_RANDOM = (
-    "two runs of the model on the same batch give different outputs: something in it is random (functional "
-    "dropout, sampling, noise); call model.eval(), or make it deterministic"
-)
-_MIXES = (
-    "outputs of a sample change by {:.2g} (of {:.2g}) with the other samples of its batch: a normalisation over the "
-    "batch, or attention across it. A kernel of single samples is not defined for it"
-)
 
 
 @contextlib.contextmanager
@@ -119,12 +121,25 @@ def _mixing(outputs: Sequence[Tensor], chosen: Sequence[int]) -> tuple[float, fl
     return max(gaps, key=lambda gap: (gap != gap, gap)), float(first.abs().max()) or 1.0
 
 
-def _reached(passes: Sequence[Pass], parameters: Mapping[str, Tensor], constants: Iterable[Tensor]) -> set[str]:
-    """Parameters that gradients of the outputs arrive at."""
+def _gradients(model: FunctionalModel, outputs: Sequence[Tensor]) -> tuple[set[str], float]:
+    """Parameters that gradients of the outputs arrive at, and by how much gradients differ between two batches."""
+    # Those of three samples by themselves; among five, pulled back together, as the difference to the other two.
+    few, (first, second) = torch.tensor(_PROBES[1]), _PROBES[:2]
     try:
-        reached = set().union(*(each.reached(parameters) for each in passes))
+        seeds = covectors_of(outputs[0], first)
+        whole = gradients_of(model, outputs[0], seeds)
+        alone = gradients_of(model, outputs[1], covectors_of(outputs[1], second))
+        rest = gradients_of(model, outputs[0], seeds * ~torch.isin(torch.tensor(first), few)[:, None].to(seeds.device))
     except RuntimeError as error:
         raise ModelError(f"autograd cannot differentiate this model: {error}") from error
+    among = {name: value - rest[name] if name in rest else value for name, value in whole.items()}
+    return whole.keys() | alone.keys(), distance(among, alone, whole)
+
+
+def _reached(
+    passes: Sequence[Pass], reached: set[str], parameters: Mapping[str, Tensor], constants: Iterable[Tensor]
+) -> set[str]:
+    """Parameters that gradients of the outputs arrive at, if there are any and there is nothing else."""
     # Leaves that a forward pass creates itself, as energy models do to differentiate by their input, are new each time.
     known = {id(value) for value in (*parameters.values(), *constants)}
     found, again = ({id(leaf): leaf for leaf in leaves(each.outputs)} for each in passes)

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ntkpipe.base.config import ComputeDtype
 from ntkpipe.base.errors import NonFiniteError, SelfCheckError
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, by_loop, take
+from ntkpipe.jacobian.mixing import FLOOR, distance, require_repeatable, require_single
 from ntkpipe.jacobian.model.device import is_out_of_memory
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.model.samples import show_samples
@@ -57,9 +59,11 @@ def self_check(
     compute_error = check.compute_error(engine)
     limit = _COMPUTE_TOLERANCE[engine.model.arithmetic]
     if not compute_error <= limit:
+        is_double = engine.model.arithmetic == "float64"
+        advice = "Part of the model may compute in another dtype" if is_double else "Use compute_dtype='float64'"
         raise SelfCheckError(
             f"in {engine.model.arithmetic} the kernel of samples {check.chosen} is off by {compute_error:.1e} of "
-            f"sqrt(K_ii K_jj); at most {limit:.0e} is accepted. Use compute_dtype='float64'"
+            f"sqrt(K_ii K_jj); at most {limit:.0e} is accepted. {advice}"
         )
     return engine, CheckReport(
         samples=tuple(check.chosen),
@@ -114,6 +118,8 @@ class _Check:
         moved: dict[str, str] = {}
         while True:
             found = self._jacobians(engine)
+            if not moved:
+                self._require_single(found, engine.model.arithmetic)
             failed = {
                 name: f"self-check: off by {relative:.1e}"
                 for name, (ratio, relative) in self.errors(found).items()
@@ -140,6 +146,13 @@ class _Check:
                 )
             else:
                 engine = engine.changed(method="loop")
+
+    def _require_single(self, found: Jacobians, arithmetic: ComputeDtype) -> None:
+        """Look at samples in other company where Jacobians in a batch are not those of samples by themselves."""
+        gap = distance(found, self.reference, self.reference)
+        if gap > FLOOR[arithmetic]:
+            require_repeatable(self.model, self._cast, self.model(self._cast).detach())
+            require_single(self.model, self._cast, self.places, arithmetic)
 
     def compute_error(self, engine: Engine) -> float:
         whole = engine.with_covectors(self.covectors, "all")

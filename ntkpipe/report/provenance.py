@@ -110,7 +110,8 @@ def verification_section(store: Store) -> Section:
             "Verification reads every chunk: it is there, whole (crc32c), finite, symmetric, and obeys the "
             "Cauchy–Schwarz inequality. The certificate compares the whole stored matrix with the model: for a random "
             "vector v the product K v of the store against J (Jᵀ v), which is computed from the model without any "
-            "kernel. A single wrong entry anywhere would show in its row.",
+            "kernel. A single wrong entry anywhere would show in its row. Where a model's backward pass is not the "
+            "derivative of its forward pass, gradients of rows take the place of J, summed over a few rows at a time.",
         ),
         tables,
         missing,
@@ -119,6 +120,7 @@ def verification_section(store: Store) -> Section:
 
 def _certificate_row(kernel: Json) -> tuple[str, ...]:
     outcome = "good" if kernel["is_good"] else f"{kernel['num_suspects']:,} suspect rows"
+    outcome += ", by gradients alone" if kernel.get("by_backward") else ""  # earlier versions did not say
     numbers = (f"{kernel[name]:.1e}" for name in ("error", "median_error", "tolerance"))
     return (str(kernel["array"]), *numbers, outcome)
 

@@ -1,7 +1,7 @@
 """Verification of a store without a model: all chunks present, whole and finite, and bounds that kernels satisfy."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -58,14 +58,20 @@ class VerificationReport:
         rows = [("chunks", f"{self.chunks_checked} read and checked, {format_bytes(self.bytes_checked)}")]
         for found in self.certificates:
             error, tolerance = f"{found['error']:.1e}", f"{found['tolerance']:.0e}"
-            agreement = f"K v and J(Jᵀv) agree to {error} in every row (tolerance {tolerance})"
+            good = f"K v and {agreement(found)} agree to {error} in every row (tolerance {tolerance})"
             name = f"certificate {found['array'].removeprefix('kernel/')}"
-            rows.append((name, agreement if found["is_good"] else "FAILED"))
+            rows.append((name, good if found["is_good"] else "FAILED"))
         rows += first_rows("finding", [f"{describe_chunk(f.array, f.index)}: {f.problem}" for f in self.findings])
         return [*rows, ("verdict", "good" if self.is_good else count_findings(len(self.findings)))]
 
     def __str__(self) -> str:
         return as_table(self.rows())
+
+
+def agreement(certificate: Mapping[str, Any]) -> str:
+    """What K v was compared with; records of earlier versions do not say."""
+    by_backward = certificate.get("by_backward", False)
+    return "⟨∇f, Jᵀv⟩ (by backward alone: J u is missing, or of another J)" if by_backward else "J(Jᵀv)"
 
 
 def verify_store(store: Store, on_chunk: Callable[[], None] = lambda: None) -> VerificationReport:

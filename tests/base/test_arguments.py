@@ -116,7 +116,9 @@ def called(name: str, **options: Any) -> Any:
     return found.fit(K, TARGETS).result_ if name == "KernelRegression" else found
 
 
-@pytest.mark.parametrize(("name", "option", "types"), number_options(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "option", "types"), number_options(), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_numbers_of_the_wrong_type_or_size_are_refused_at_once(
     name: str, option: str, types: set[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 
 import ntkpipe
-from ntkpipe.base.errors import ConfigError, SelfCheckError
+from ntkpipe.base.errors import ConfigError, ModelError, SelfCheckError
 from ntkpipe.solvers.spectral.lanczos import eigsh
 
 DIGITS = (load_digits().images[:53] / 16)[:, None]
@@ -72,3 +72,48 @@ def test_samples_that_depend_on_each_other_are_refused():
 
     with pytest.raises((SelfCheckError, ntkpipe.NtkpipeError), match=r"batch|sample"):
         ntkpipe.jacobian_operator(torch.nn.Sequential(network(), Centring()), DIGITS)
+
+
+class Halves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.round(8 * torch.tanh(x)) / 8
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 0.5 * grad
+
+
+def hooked(pull_back):
+    def forward(model, x):
+        h = torch.tanh(model[0](x.flatten(1)))
+        if h.requires_grad:
+            h.register_hook(pull_back)
+        return model[2](h)
+
+    return forward
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(64, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        hooked(lambda grad: 0.3 * grad),
+        hooked(torch.neg),
+        lambda model, x: model[2](Halves.apply(model[0](x.flatten(1)))),
+    ],
+)
+def test_products_are_of_the_gradients_where_these_are_not_derivatives(forward):
+    operator = ntkpipe.jacobian_operator(two_layers(), DIGITS, kind="ntk", forward=forward)
+    kernel = ntkpipe.kernel_matrix(two_layers(), DIGITS, kind="ntk", forward=forward, compute_dtype="float64")
+    block = np.random.default_rng(0).standard_normal((len(kernel), 2))
+    assert np.abs(operator @ block - kernel @ block).max() <= 1e-12 * np.abs(kernel @ block).max()
+
+
+def test_a_backward_pass_that_is_not_linear_has_no_products():
+    with pytest.raises(ModelError, match=r"not the derivative.*use one of them"):
+        ntkpipe.jacobian_operator(two_layers(), DIGITS, forward=hooked(lambda grad: grad.clamp(-0.01, 0.01)))
