@@ -53,15 +53,14 @@ def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: b
     outputs = [each.outputs for each in passes]
     with torch.no_grad():
         mixing, scale = _mixing(outputs, chosen)
-        if not mixing <= limit * scale:
-            is_random = not float((model(batches[0]) - outputs[0]).abs().max()) <= limit * scale
-            raise ModelError(_RANDOM if is_random else _MIXES.format(mixing, scale))
+    if not mixing <= limit * scale:
+        is_random = not float((model(batches[0]) - outputs[0]).abs().max()) <= limit * scale
+        raise ModelError(_RANDOM if is_random else _MIXES.format(mixing, scale))
     reached = _reached(passes[:2], parameters, model.constants())
+    tracing = None
     with _added_to(problems):
         tracing = trace(parameters, passes, reached, expansions) if not problems else None
-    if tracing is None or problems:
-        tracing = nothing_traced(list(parameters), problems[0])
-    return Probed(model, outputs[0].shape[1], tracing, batch)
+    return Probed(model, outputs[0].shape[1], tracing or nothing_traced(list(parameters), problems[0]), batch)
 
 
 def make_engine(probed: Probed, setup: Setup) -> Engine:

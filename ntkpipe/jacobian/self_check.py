@@ -177,11 +177,11 @@ class _Check:
         step = 1e-5 * max(1.0, float(parameter.detach().norm()))
         pairs = [take(self._cast, [place, place]) for place in self.places]
         original, ends = parameter.detach().clone(), []
-        with torch.no_grad():
-            for sign in (1.0, -1.0):
-                parameter.copy_(original + sign * step * direction)
-                ends.append(torch.stack([self.model(pair)[0] for pair in pairs]))
-            parameter.copy_(original)
+        for shift in (step, -step, 0.0):
+            with torch.no_grad():
+                parameter.copy_(original + shift * direction)
+            if shift:
+                ends.append(torch.stack([self.model(pair)[0].detach() for pair in pairs]))
         slope = (ends[0] - ends[1]) / (2 * step) @ self.covectors.to(ends[0]).T
         flat = direction.reshape(-1).double()
         gaps = [float(((jacobian @ flat).T - slope.double()).norm()) for jacobian in (found, self.reference[name])]

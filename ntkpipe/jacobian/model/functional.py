@@ -174,12 +174,11 @@ class FunctionalModel:
         if any(weight.shape[2:].numel() == 1 and 1 < weight.shape[1] < _MANY_CHANNELS for weight in weights):
             return self
         changed = self.channels_last()
-        with torch.no_grad():
-            outputs = self.explained(batch)
-            try:
-                again = changed(batch)
-            except RuntimeError:  # it takes views of what a convolution returns, which need the usual layout
-                return self
+        outputs = self.explained(batch).detach()
+        try:
+            again = changed(batch).detach()
+        except RuntimeError:  # it takes views of what a convolution returns, which need the usual layout
+            return self
         scale = float(outputs.abs().max()) or 1.0
         return changed if float((again - outputs).abs().max()) <= MIXING_TOLERANCE[self.arithmetic] * scale else self
 
