@@ -108,7 +108,8 @@ class Engine:
             last = min(first + subtile, stop)
             while True:
                 try:
-                    done.append(self._piece(load, first, last, batch))
+                    with self.model.in_turn():
+                        done.append(self._piece(load, first, last, batch))
                     break
                 except Exception as error:
                     if not is_out_of_memory(error) or min(batch, last - first) <= 2:
@@ -133,7 +134,8 @@ class Engine:
     def piece(self, batch: Batch) -> tuple[Piece, Tensor]:
         """Jacobians and outputs of one batch as one piece."""
         size = batch_size(batch)
-        return self._piece(lambda start, stop: batch, 0, size, size)
+        with self.model.in_turn():
+            return self._piece(lambda start, stop: batch, 0, size, size)
 
     def _empty_piece(self, num_samples: int) -> tuple[Piece, dict[str, Representation]]:
         """Room for the Jacobians of some samples, and what each term fills of it."""

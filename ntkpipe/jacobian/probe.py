@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import take
+from ntkpipe.jacobian.model.device import watched_forward_mode
 from ntkpipe.jacobian.model.functional import MIXING_TOLERANCE, Batch, FunctionalModel
 from ntkpipe.jacobian.representations.interface import Setup
 from ntkpipe.jacobian.tracing.recorder import Recorder
@@ -40,6 +41,12 @@ def probe_samples(num_samples: int) -> list[int]:
 
 def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: bool) -> Probed:
     """Run the model on three batches of a few samples: check that it has a kernel, and find how it uses parameters."""
+    with watched_forward_mode() as is_entered:
+        probed = _probed(model, load, num_samples, structured)
+    return replace(probed, model=replace(probed.model, takes_turns=True)) if is_entered() else probed
+
+
+def _probed(model: FunctionalModel, load: Load, num_samples: int, structured: bool) -> Probed:
     chosen = probe_samples(num_samples)
     batch = load(chosen)
     model, limit = model.with_fast_layout(batch), MIXING_TOLERANCE[model.arithmetic]
@@ -65,7 +72,8 @@ def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: b
 
 def make_engine(probed: Probed, setup: Setup) -> Engine:
     """The engine of a model that was probed, with a method for the fallback."""
-    return Engine(probed.model, probed.tracing, "vmap", setup).with_working_method(probed.batch)
+    with probed.model.in_turn():
+        return Engine(probed.model, probed.tracing, "vmap", setup).with_working_method(probed.batch)
 
 
 _RANDOM = (
@@ -118,7 +126,9 @@ def _reached(passes: Sequence[Pass], parameters: Mapping[str, Tensor], constants
     """Parameters that gradients of the outputs arrive at."""
     try:
         reached = set().union(*(each.reached(parameters) for each in passes))
-    except RuntimeError as error:
+    except (NtkpipeError, MemoryError):
+        raise
+    except Exception as error:  # a backward of its own may raise anything
         raise ModelError(f"autograd cannot differentiate this model: {error}") from error
     # Leaves that a forward pass creates itself, as energy models do to differentiate by their input, are new each time.
     known = {id(value) for value in (*parameters.values(), *constants)}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkpipe.base.errors import NtkpipeError
@@ -155,6 +156,24 @@ def exact_process(*, tf32: bool = False, default_dtype: torch.dtype | None = Non
                 _INSIDE[-1]()
             else:
                 _UNDO.close()
+
+
+ONE_AT_A_TIME = threading.RLock()  # held by what runs models of which threads would disturb each other
+
+
+@contextlib.contextmanager
+def watched_forward_mode() -> Iterator[Callable[[], bool]]:
+    """Tell whether forward-mode AD was entered inside; others that enter it wait."""
+    # Its levels belong to the process: what two threads compute at one level ends with the first that leaves it.
+    entered: list[None] = []
+    enter = forward_ad.enter_dual_level
+
+    def noted() -> int:
+        entered.append(None)
+        return int(enter())
+
+    with ONE_AT_A_TIME, changed_settings((forward_ad, "enter_dual_level", noted)):
+        yield lambda: bool(entered)
 
 
 def _apply(tf32: bool, default_dtype: torch.dtype) -> None:
