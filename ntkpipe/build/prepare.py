@@ -260,7 +260,9 @@ def plan_and_check(
     started, memory = perf_counter(), plan.machine.memory_limit - plan.machine.base_memory
     samples = prepared.train.num_samples
     try:
-        checked, report = self_check(engine, prepared.load, samples, batch=plan.batch, memory_bytes=memory)
+        checked, report = self_check(
+            engine, prepared.load, samples, batch=plan.batch, memory_bytes=memory, threads=plan.machine.workers
+        )
     except NtkpipeError:
         raise
     except Exception as error:  # its samples are new to the model

@@ -5,7 +5,7 @@ So are products J'v and J u with the Jacobian of a whole data set, for which tha
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -77,6 +77,9 @@ def _rows(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covector
 METHODS = {"vmap": by_vmap, "loop": by_loop}
 
 
+_Way = Callable[[Mapping[str, Tensor], Batch], Tensor]  # from a direction and a batch to J u, shape (B, S)
+
+
 @dataclass(frozen=True)
 class JacobianProducts:
     """Products with J and J' over a set of samples; memory is one batch and two parameter vectors."""
@@ -90,6 +93,7 @@ class JacobianProducts:
     subtile: int
     batch: int
     is_mapping: bool  # whether a sample is a dict
+    _way: list[_Way] = field(default_factory=list, init=False, repr=False, compare=False)  # to J u, once it is known
 
     def transposed(self, source: Source, vector: NDArray[np.float64], step: Callable[[], None]) -> dict[str, Tensor]:
         """``J' v`` as one float64 tensor for each parameter; v has shape (n*S,)."""
@@ -110,42 +114,58 @@ class JacobianProducts:
 
     def product(self, source: Source, direction: Mapping[str, Tensor], step: Callable[[], None]) -> NDArray[np.float64]:
         """``J u`` for a direction u in parameter space, shape (n*S,)."""
-        parameters = {name: value.detach() for name, value in self.model.parameters.items()}
+        parameters = self.model.parameters
         norm = float(torch.stack([(value**2).sum() for value in direction.values()]).sum().sqrt())
         tangents = {name: (direction[name] / (norm or 1.0)).to(value) for name, value in parameters.items()}
         parts = []
         for span, batch in self.batches(source):
-            with ONE_AT_A_TIME:  # for its own use of forward mode
-                derivatives = self._derivatives(parameters, tangents, batch)
-            parts.append((derivatives.double() * norm)[: len(span)].reshape(-1).cpu())
+            with ONE_AT_A_TIME:  # for forward mode
+                if not self._way:
+                    self._way.append(self._right_way(tangents, batch))
+                derivatives = self._way[0](tangents, batch).double() * norm
+            parts.append(derivatives[: len(span)].reshape(-1).cpu())
             step()
         return torch.cat(parts).numpy()
 
-    def _derivatives(self, parameters: dict[str, Tensor], tangents: dict[str, Tensor], batch: Batch) -> Tensor:
-        """Derivatives of a batch's outputs along the tangents, by covector, shape (B, S)."""
+    def _right_way(self, tangents: Mapping[str, Tensor], batch: Batch) -> _Way:
+        """The fastest way by which w'(J u) = (J'w)'u."""
+        # Forward mode does not know hooks of gradients and goes through torch.no_grad(), and a function's own backward
+        # may hide from autograd what it does with w.
+        outputs = self.model(batch)
+        weights = draw_covectors(outputs.new_zeros(len(outputs), len(self.covectors)), seed=0)
+        seed, parameters = weights @ self.covectors, list(self.model.parameters.values())
+        grads = torch.autograd.grad(outputs, parameters, seed, materialize_grads=True)
+        size = float(torch.stack([grad.to_dense().double().norm() for grad in grads]).norm())
+        pairs = zip(grads, tangents.values(), strict=True)
+        wanted = sum(float((grad.to_dense().double() * tangent).sum()) for grad, tangent in pairs)
+        for way in (self._by_forward_mode, self._by_reverse_mode_twice):
+            with contextlib.suppress(Exception):  # no such derivatives of some operation, parameters out of reach
+                gap = abs(float((way(tangents, batch).double() * weights).sum()) - wanted)
+                if gap <= torch.finfo(outputs.dtype).eps ** 0.5 * size:
+                    return way
+        return self._by_rows
+
+    def _by_forward_mode(self, tangents: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        parameters = {name: value.detach() for name, value in self.model.parameters.items()}
         found: Tensor
-        covectors = self.covectors.double().T
-        with contextlib.suppress(Exception):  # operations without forward-mode derivatives, parameters out of reach
-            outputs, found = torch.func.jvp(lambda p: self.model.call_with(p, batch), (parameters,), (tangents,))[:2]
-            self.model.require_replaced(outputs)
-            return found.double() @ covectors
-        # By reverse mode twice: J u is the derivative of (J'w)u by w.
+        outputs, found = torch.func.jvp(lambda p: self.model.call_with(p, batch), (parameters,), (tangents,))[:2]
+        self.model.require_replaced(outputs)
+        return found.double() @ self.covectors.double().T
+
+    def _by_reverse_mode_twice(self, tangents: Mapping[str, Tensor], batch: Batch) -> Tensor:
         live = self.model.parameters
         outputs = self.model(batch)
-        weights = draw_covectors(outputs, seed=0).requires_grad_()
-        with contextlib.suppress(RuntimeError):  # operations without second derivatives
-            grads = torch.autograd.grad(outputs, list(live.values()), weights, create_graph=True, allow_unused=True)
-            pairs = zip(live, grads, strict=True)
-            dot = torch.stack([(grad * tangents[name]).sum() for name, grad in pairs if grad is not None]).sum()
-            (derivatives,) = torch.autograd.grad(dot, weights)
-            # (J'w)u is linear in w, unless a function's own backward hides from autograd what it does with w.
-            size = sum(float(grad.norm()) ** 2 for grad in grads if grad is not None) ** 0.5
-            gap = abs(float((derivatives.double() * weights.double()).sum() - dot))
-            if gap <= torch.finfo(outputs.dtype).eps ** 0.5 * size:
-                return derivatives.double() @ covectors
+        weights = torch.zeros_like(outputs, requires_grad=True)
+        grads = torch.autograd.grad(outputs, list(live.values()), weights, create_graph=True, allow_unused=True)
+        pairs = zip(live, grads, strict=True)
+        dot = torch.stack([(grad * tangents[name]).sum() for name, grad in pairs if grad is not None]).sum()
+        (derivatives,) = torch.autograd.grad(dot, weights)
+        return derivatives.double() @ self.covectors.double().T
+
+    def _by_rows(self, tangents: Mapping[str, Tensor], batch: Batch) -> Tensor:
         direction = torch.cat([tangent.reshape(-1) for tangent in tangents.values()])
         rows = [row @ direction for row in _rows(self.model, tuple(tangents), batch, self.covectors)]
-        return torch.stack(rows).reshape(-1, len(self.covectors))
+        return torch.stack(rows).unflatten(0, (-1, len(self.covectors)))
 
     def spans(self, num_samples: int) -> list[Span]:
         """The batches of one pass, as in the run, where they begin anew at each tile, strip and subtile."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import take
-from ntkpipe.jacobian.model.device import watched_forward_mode
+from ntkpipe.jacobian.model.device import watched_sharing
 from ntkpipe.jacobian.model.functional import MIXING_TOLERANCE, Batch, FunctionalModel
 from ntkpipe.jacobian.representations.interface import Setup
 from ntkpipe.jacobian.tracing.recorder import Recorder
@@ -41,9 +41,9 @@ def probe_samples(num_samples: int) -> list[int]:
 
 def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: bool) -> Probed:
     """Run the model on three batches of a few samples: check that it has a kernel, and find how it uses parameters."""
-    with watched_forward_mode() as is_entered:
+    with watched_sharing(model.parameters.values()) as is_sharing:
         probed = _probed(model, load, num_samples, structured)
-    return replace(probed, model=replace(probed.model, takes_turns=True)) if is_entered() else probed
+    return replace(probed, model=replace(probed.model, takes_turns=True)) if is_sharing() else probed
 
 
 def _probed(model: FunctionalModel, load: Load, num_samples: int, structured: bool) -> Probed:
@@ -61,7 +61,7 @@ def _probed(model: FunctionalModel, load: Load, num_samples: int, structured: bo
     with torch.no_grad():
         mixing, scale = _mixing(outputs, chosen)
     if not mixing <= limit * scale:
-        is_random = not float((model(batches[0]) - outputs[0]).abs().max()) <= limit * scale
+        is_random = not float((model(batches[0]) - outputs[0]).detach().abs().max()) <= limit * scale
         raise ModelError(_RANDOM if is_random else _MIXES.format(mixing, scale))
     reached = _reached(passes[:2], parameters, model.constants())
     tracing = None

@@ -6,7 +6,7 @@ Devices differ in how work is cut, how exhausted memory is recognised, and which
 import contextlib
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -162,18 +162,22 @@ ONE_AT_A_TIME = threading.RLock()  # held by what runs models of which threads w
 
 
 @contextlib.contextmanager
-def watched_forward_mode() -> Iterator[Callable[[], bool]]:
-    """Tell whether forward-mode AD was entered inside; others that enter it wait."""
-    # Its levels belong to the process: what two threads compute at one level ends with the first that leaves it.
-    entered: list[None] = []
+def watched_sharing(parameters: Iterable[Tensor]) -> Iterator[Callable[[], bool]]:
+    """Tell whether what runs inside uses what threads share: forward mode, or gradients kept with parameters."""
+    # Levels of forward mode belong to the process: what two threads compute at one ends with the first that leaves it.
+    used: list[None] = []
     enter = forward_ad.enter_dual_level
 
-    def noted() -> int:
-        entered.append(None)
+    def entering() -> int:
+        used.append(None)
         return int(enter())
 
-    with ONE_AT_A_TIME, changed_settings((forward_ad, "enter_dual_level", noted)):
-        yield lambda: bool(entered)
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(ONE_AT_A_TIME)
+        undo.enter_context(changed_settings((forward_ad, "enter_dual_level", entering)))
+        for parameter in parameters:
+            undo.callback(parameter.register_post_accumulate_grad_hook(lambda _: used.append(None)).remove)
+        yield lambda: bool(used)
 
 
 def _apply(tf32: bool, default_dtype: torch.dtype) -> None:
