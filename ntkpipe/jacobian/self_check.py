@@ -4,13 +4,13 @@ import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -34,6 +34,7 @@ _TOLERANCE, _EPSILON = 1e-5, 1e-10
 _COMPUTE_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "tf32": 0.1, "bfloat16": 0.5}  # of the whole kernel
 _TINY = torch.finfo(torch.float64).tiny
 
+_PATIENCE = 1.0  # seconds after which the threads part: a lock of the model may keep one from the other
 _DISTURBED = (
     "threads that run this model at once disturb each other ({}), as where it keeps something in a global variable or "
     "in .grad: they take turns, which is right but slower. workers=1 does without this message"
@@ -103,15 +104,20 @@ def _self_check(
 
 
 class _InStep(TorchFunctionMode):
-    """Lets two threads go from one torch function to the next together, until one of them is through."""
+    """Lets two threads go through a model together, torch function by torch function, until one of them is through."""
 
     def __init__(self, together: threading.Barrier) -> None:
         super().__init__()
         self._together = together
 
+    def attach(self, module: nn.Module) -> None:
+        """Watch every forward pass of a module."""
+        module.register_forward_pre_hook(lambda *_: (self.__enter__(), None)[1])
+        module.register_forward_hook(lambda *_: self.__exit__(None, None, None), always_call=True)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with suppress(threading.BrokenBarrierError):
-            self._together.wait()
+            self._together.wait(_PATIENCE)
         return func(*args, **(kwargs or {}))
 
 
@@ -194,11 +200,11 @@ class _Check:
 
         def compute(copy: Engine, places: list[int]) -> float:
             torch.set_num_threads(1)
+            if copy.terms:  # a model that refuses to be watched has none
+                _InStep(together).attach(copy.model.module)
             ready.wait()
             try:
-                # A model that refuses to be watched has no terms.
-                with _InStep(together) if copy.terms else nullcontext():
-                    return self.compute_error(copy, places)
+                return self.compute_error(copy, places)
             finally:
                 together.abort()
 
