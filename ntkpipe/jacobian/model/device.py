@@ -5,6 +5,7 @@ Devices differ in how work is cut, how exhausted memory is recognised, and which
 
 import contextlib
 import gc
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -215,4 +216,6 @@ def _exact_settings() -> Iterator[None]:
         undo.callback(torch.set_default_dtype, torch.get_default_dtype())
         undo.callback(_BACKENDS.mha.set_fastpath_enabled, _BACKENDS.mha.get_fastpath_enabled())
         _BACKENDS.mha.set_fastpath_enabled(False)
+        if "torch._dynamo" in sys.modules:  # what torch.compile made would compile our recorder, and round as it likes
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
         yield

@@ -225,6 +225,16 @@ def _deepcopy(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.
         raise ModelError(f"the model cannot be copied (copy.deepcopy raised {error!r}); make it copyable") from error
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model underneath ``torch.compile``; where that wraps parts of it, a copy without, of the same tensors."""
+    compiled = [each for each in model.modules() if "_orig_mod" in each._modules]
+    shared: dict[int, Any] = {id(value): value for value in (*model.parameters(), *model.buffers())}
+    for each in reversed(compiled):  # the innermost first
+        inner: Any = each._modules["_orig_mod"]
+        shared[id(each)] = _deepcopy(inner, shared)
+    return _deepcopy(model, shared) if compiled else model
+
+
 def _converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The module in a dtype; complex buffers, which ``Module.to`` would strip of their imaginary part, stay complex."""
 
@@ -288,7 +298,8 @@ def select_parameters(model: nn.Module, patterns: str | tuple[str, ...] | None) 
         raise ModelError(f"the model has {found}; needed at least one with requires_grad=True")
     if patterns is None:
         return tuple(trainable)
-    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    # A compiled model shows names with the wrapper's, which the model underneath lacks.
+    patterns = tuple(each.replace("_orig_mod.", "") for each in ((patterns,) if isinstance(patterns, str) else patterns))
     if not patterns:
         raise ModelError("parameters is empty; needed patterns of names, or None for all that require a gradient")
     for pattern in patterns:
