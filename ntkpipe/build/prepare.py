@@ -20,7 +20,15 @@ from ntkpipe.build.plan import Machine, Plan, Workload
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import JacobianProducts, batch_size, take
 from ntkpipe.jacobian.model.device import exact_math, free_memory, is_out_of_memory, sizes_of, without_tf32
-from ntkpipe.jacobian.model.functional import DTYPES, Batch, Forward, FunctionalModel, prepare_model, resolve_device, uncompiled
+from ntkpipe.jacobian.model.functional import (
+    DTYPES,
+    Batch,
+    Forward,
+    FunctionalModel,
+    prepare_model,
+    resolve_device,
+    uncompiled,
+)
 from ntkpipe.jacobian.model.samples import Samples, as_samples, require_same_arrays
 from ntkpipe.jacobian.probe import Probed, make_engine, probe, probe_samples
 from ntkpipe.jacobian.representations.interface import Rates, Setup

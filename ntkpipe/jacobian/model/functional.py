@@ -123,8 +123,16 @@ class FunctionalModel:
 
     def call_with(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Outputs of a batch with some parameters replaced, through ``torch.func.functional_call``."""
-        renamed = {f"model.{name}": value for name, value in parameters.items()}
-        return self.check_outputs(torch.func.functional_call(self.module, renamed, (batch,)), batch)
+        # Not by ``tie_weights``, which in torch 2.13 leaves the replaced tensors in a module that is in two places.
+        given = {id(self.parameters[name]): value for name, value in parameters.items()}
+        renamed = {
+            f"{prefix}.{name}": given[id(parameter)]
+            for prefix, child in self.module.named_modules()
+            for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False)
+            if id(parameter) in given
+        }
+        outputs = torch.func.functional_call(self.module, renamed, (batch,), tie_weights=False)
+        return self.check_outputs(outputs, batch)
 
     def require_replaced(self, outputs: Tensor) -> None:
         """Check that outputs of :meth:`call_with` do not depend on the parameters that were to be replaced."""
@@ -299,7 +307,9 @@ def select_parameters(model: nn.Module, patterns: str | tuple[str, ...] | None) 
     if patterns is None:
         return tuple(trainable)
     # A compiled model shows names with the wrapper's, which the model underneath lacks.
-    patterns = tuple(each.replace("_orig_mod.", "") for each in ((patterns,) if isinstance(patterns, str) else patterns))
+    patterns = tuple(
+        each.replace("_orig_mod.", "") for each in ((patterns,) if isinstance(patterns, str) else patterns)
+    )
     if not patterns:
         raise ModelError("parameters is empty; needed patterns of names, or None for all that require a gradient")
     for pattern in patterns:
