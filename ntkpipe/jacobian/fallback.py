@@ -57,7 +57,7 @@ def by_vmap(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
 def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covectors: Tensor) -> Tensor:
     """The same, one sample at a time by plain autograd: slower, for models that vmap cannot run."""
     rows = torch.stack(list(_rows(model, names, batch, covectors)))
-    return rows.unflatten(0, (batch_size(batch), len(covectors))).transpose(0, 1).contiguous()
+    return rows.view(batch_size(batch), len(covectors), -1).transpose(0, 1).contiguous()
 
 
 def _rows(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covectors: Tensor) -> Iterator[Tensor]:
@@ -165,7 +165,7 @@ class JacobianProducts:
     def _by_rows(self, tangents: Mapping[str, Tensor], batch: Batch) -> Tensor:
         direction = torch.cat([tangent.reshape(-1) for tangent in tangents.values()])
         rows = [row @ direction for row in _rows(self.model, tuple(tangents), batch, self.covectors)]
-        return torch.stack(rows).unflatten(0, (-1, len(self.covectors)))
+        return torch.stack(rows).view(-1, len(self.covectors))
 
     def spans(self, num_samples: int) -> list[Span]:
         """The batches of one pass, as in the run, where they begin anew at each tile, strip and subtile."""

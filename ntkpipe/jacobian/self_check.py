@@ -4,7 +4,7 @@ import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,8 +112,13 @@ class _InStep(TorchFunctionMode):
 
     def attach(self, module: nn.Module) -> None:
         """Watch every forward pass of a module."""
-        module.register_forward_pre_hook(lambda *_: (self.__enter__(), None)[1])
-        module.register_forward_hook(lambda *_: self.__exit__(None, None, None), always_call=True)
+        inside = ExitStack()
+
+        def enter(*_: object) -> None:
+            inside.enter_context(self)
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(lambda *_: inside.close(), always_call=True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with suppress(threading.BrokenBarrierError):

@@ -162,7 +162,7 @@ def own_function(m, x):
 def implicit(m, x):  # a fixed point, with one step of the implicit derivative through a hook
     with torch.no_grad():
         z = torch.zeros(len(x), 4, dtype=x.dtype)
-        for _ in range(200):
+        for _ in range(60):
             z = torch.tanh(m.a(x) + 0.3 * z @ m.w)
     z = torch.tanh(m.a(x) + 0.3 * z @ m.w)
     if z.requires_grad:
@@ -171,7 +171,7 @@ def implicit(m, x):  # a fixed point, with one step of the implicit derivative t
 
         def solve(out):
             found = out
-            for _ in range(200):
+            for _ in range(60):
                 found = out + torch.autograd.grad(again, start, found, retain_graph=True)[0]
             return found
 
@@ -255,6 +255,38 @@ def linearised(m, x):  # the first-order Taylor model of a network around itself
     return value + change
 
 
+def stopped(m, x):  # a target that is detached by torch.no_grad
+    with torch.no_grad():
+        target = m.u(x).exp()
+    return m.u(x) * target
+
+
+def first_order(m, x):  # an inner loop without second derivatives
+    support, wanted = m.support.to(x), m.wanted.to(x)
+    parameters = dict(m.u.named_parameters())
+    loss = F.mse_loss(functional_call(m.u, parameters, (support,)), wanted)
+    grads = torch.autograd.grad(loss, list(parameters.values()))
+    stepped = {n: p - 0.1 * g for (n, p), g in zip(parameters.items(), grads, strict=True)}
+    return functional_call(m.u, stepped, (x,))
+
+
+def kept_gradients(m, x):  # an inner loop by backward() into the gradients of the parameters
+    for parameter in m.u.parameters():
+        parameter.grad = None
+    F.mse_loss(m.u(m.support.to(x)), m.wanted.to(x)).backward(create_graph=True)
+    stepped = {n: p - 0.1 * p.grad for n, p in m.u.named_parameters()}
+    for parameter in m.u.parameters():
+        parameter.grad = None
+    return functional_call(m.u, stepped, (x,))
+
+
+def hooked(m, x):  # a gradient that is changed on its way
+    h = m.u(x)
+    if h.requires_grad:
+        h.register_hook(lambda gradient: 2 * gradient)
+    return h.square()
+
+
 def attention_slope(m, x):
     x = x.requires_grad_(True)
     tokens = torch.stack([x, x.cos(), x.sin()], dim=1)
@@ -324,5 +356,9 @@ CASES = {
         POINTS,
     ),
     "linearised network": (u(linearised), POINTS),
+    "target without gradient": (u(stopped), POINTS),
+    "inner loop, first order": (support(first_order), POINTS),
+    "inner loop, kept gradients": (support(kept_gradients), POINTS),
+    "hook of a gradient": (u(hooked), POINTS),
     "slope of attention": (lambda: module(attention_slope, qkv=nn.Linear(2, 12), out=nn.Linear(4, 1)), POINTS),
 }

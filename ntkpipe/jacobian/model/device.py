@@ -167,7 +167,7 @@ def watched_sharing(parameters: Iterable[Tensor]) -> Iterator[Callable[[], bool]
     """Tell whether what runs inside uses what threads share: forward mode, or gradients kept with parameters."""
     # Levels of forward mode belong to the process: what two threads compute at one ends with the first that leaves it.
     used: list[None] = []
-    enter = forward_ad.enter_dual_level
+    enter: Any = forward_ad.enter_dual_level
 
     def entering() -> int:
         used.append(None)
