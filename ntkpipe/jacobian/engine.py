@@ -108,7 +108,7 @@ class Engine:
             last = min(first + subtile, stop)
             while True:
                 try:
-                    with self.model.in_turn():
+                    with self.model.turn:
                         done.append(self._piece(load, first, last, batch))
                     break
                 except Exception as error:
@@ -134,7 +134,7 @@ class Engine:
     def piece(self, batch: Batch) -> tuple[Piece, Tensor]:
         """Jacobians and outputs of one batch as one piece."""
         size = batch_size(batch)
-        with self.model.in_turn():
+        with self.model.turn:
             return self._piece(lambda start, stop: batch, 0, size, size)
 
     def _empty_piece(self, num_samples: int) -> tuple[Piece, dict[str, Representation]]:

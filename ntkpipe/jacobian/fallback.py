@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ntkpipe.base.grid import Span
-from ntkpipe.jacobian.model.device import ONE_AT_A_TIME
+from ntkpipe.jacobian.model.device import Alone
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.model.samples import Source
 from ntkpipe.jacobian.tracing.trace import draw_covectors
@@ -101,7 +101,7 @@ class JacobianProducts:
         total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
         by_sample = torch.from_numpy(vector).reshape(-1, len(self.covectors))
         for span, batch in self.batches(source):
-            with self.model.in_turn():
+            with self.model.turn:
                 outputs = self.model(batch)
                 seed = torch.zeros_like(outputs)
                 seed[: len(span)] = by_sample[span.start : span.stop].to(self.covectors) @ self.covectors
@@ -119,7 +119,7 @@ class JacobianProducts:
         tangents = {name: (direction[name] / (norm or 1.0)).to(value) for name, value in parameters.items()}
         parts = []
         for span, batch in self.batches(source):
-            with ONE_AT_A_TIME:  # for forward mode
+            with Alone():  # for forward mode
                 if not self._way:
                     self._way.append(self._right_way(tangents, batch))
                 derivatives = self._way[0](tangents, batch).double() * norm

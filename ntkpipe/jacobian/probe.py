@@ -11,7 +11,7 @@ from torch import Tensor
 from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import take
-from ntkpipe.jacobian.model.device import watched_sharing
+from ntkpipe.jacobian.model.device import Alone, watched_sharing
 from ntkpipe.jacobian.model.functional import MIXING_TOLERANCE, Batch, FunctionalModel
 from ntkpipe.jacobian.representations.interface import Setup
 from ntkpipe.jacobian.tracing.recorder import Recorder
@@ -43,7 +43,7 @@ def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: b
     """Run the model on three batches of a few samples: check that it has a kernel, and find how it uses parameters."""
     with watched_sharing(model.parameters.values()) as is_sharing:
         probed = _probed(model, load, num_samples, structured)
-    return replace(probed, model=replace(probed.model, takes_turns=True)) if is_sharing() else probed
+    return replace(probed, model=replace(probed.model, turn=Alone())) if is_sharing() else probed
 
 
 def _probed(model: FunctionalModel, load: Load, num_samples: int, structured: bool) -> Probed:
@@ -72,7 +72,7 @@ def _probed(model: FunctionalModel, load: Load, num_samples: int, structured: bo
 
 def make_engine(probed: Probed, setup: Setup) -> Engine:
     """The engine of a model that was probed, with a method for the fallback."""
-    with probed.model.in_turn():
+    with probed.model.turn:
         return Engine(probed.model, probed.tracing, "vmap", setup).with_working_method(probed.batch)
 
 

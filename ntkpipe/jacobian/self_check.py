@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from ntkpipe.base.errors import SelfCheckError
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, by_loop, take
-from ntkpipe.jacobian.model.device import is_out_of_memory
+from ntkpipe.jacobian.model.device import Alone, is_out_of_memory
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.probe import Load
 from ntkpipe.jacobian.representations.pieces import contract
@@ -65,7 +65,7 @@ def self_check(
 
     A run of several threads has two of them at once here, too; a model whose threads disturb each other takes turns.
     """
-    with engine.model.in_turn():
+    with engine.model.turn:
         return _self_check(engine, load, num_samples, batch, memory_bytes, threads)
 
 
@@ -77,13 +77,13 @@ def _self_check(
     errors = {name: error for name, (_, error) in check.errors(found).items() if name not in check.reference_wrong}
     worst = max(errors, key=lambda name: errors[name], default="")
     limit = _COMPUTE_TOLERANCE[engine.model.arithmetic]
-    is_parallel, problem, compute_error = threads > 1 and not engine.model.takes_turns, "", float("inf")
+    is_parallel, problem, compute_error = threads > 1 and not isinstance(engine.model.turn, Alone), "", float("inf")
     if is_parallel:
         compute_error, problem = check.error_at_once(engine)
     if not compute_error <= limit:
         compute_error = check.compute_error(engine, check.places)
         if is_parallel and compute_error <= limit:
-            engine = engine.changed(model=replace(engine.model, takes_turns=True))
+            engine = engine.changed(model=replace(engine.model, turn=Alone()))
             warnings.warn(_DISTURBED.format(problem or "their Jacobians are wrong"), stacklevel=2)
     if compute_error > limit:
         raise SelfCheckError(

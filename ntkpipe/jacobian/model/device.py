@@ -159,7 +159,18 @@ def exact_process(*, tf32: bool = False, default_dtype: torch.dtype | None = Non
                 _UNDO.close()
 
 
-ONE_AT_A_TIME = threading.RLock()  # held by what runs models of which threads would disturb each other
+class Alone(contextlib.AbstractContextManager[None]):
+    """A context in which one thread of the process is at a time, for models whose threads would disturb each other."""
+
+    # Without a state, so that it can be pickled.
+    def __enter__(self) -> None:
+        _ONE_AT_A_TIME.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        _ONE_AT_A_TIME.release()
+
+
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -174,7 +185,7 @@ def watched_sharing(parameters: Iterable[Tensor]) -> Iterator[Callable[[], bool]
         return int(enter())
 
     with contextlib.ExitStack() as undo:
-        undo.enter_context(ONE_AT_A_TIME)
+        undo.enter_context(Alone())
         undo.enter_context(changed_settings((forward_ad, "enter_dual_level", entering)))
         for parameter in parameters:
             undo.callback(parameter.register_post_accumulate_grad_hook(lambda _: used.append(None)).remove)

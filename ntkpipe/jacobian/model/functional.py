@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_map
 
 from ntkpipe.base.config import ComputeDtype
 from ntkpipe.base.errors import ConfigError, ModelError, NonFiniteError, NtkpipeError
-from ntkpipe.jacobian.model.device import ONE_AT_A_TIME
 from ntkpipe.store.manifest import ModelRecord
 
 Batch = Tensor | dict[str, Tensor]
@@ -82,7 +81,8 @@ class FunctionalModel:
     dtype: torch.dtype  # of parameters and floating-point inputs
     device: torch.device
     tf32: bool = False  # whether float32 products of a GPU may be TF32, as ``exact_math`` then allows
-    takes_turns: bool = False  # whether threads that ran it at once would disturb each other
+    # What passes are run in: alone where threads that ran the model at once would disturb each other.
+    turn: contextlib.AbstractContextManager[None] = field(default_factory=contextlib.nullcontext)
     parameters: dict[str, nn.Parameter] = field(init=False, repr=False, compare=False)  # the selected ones by name
 
     def __post_init__(self) -> None:
@@ -93,10 +93,6 @@ class FunctionalModel:
     def arithmetic(self) -> ComputeDtype:
         """The ``compute_dtype``, on which tolerances depend."""
         return "tf32" if self.tf32 else next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-
-    def in_turn(self) -> contextlib.AbstractContextManager[object]:
-        """What forward and backward passes are run in: at once with other threads, or alone where need be."""
-        return ONE_AT_A_TIME if self.takes_turns else contextlib.nullcontext()
 
     def constants(self) -> list[Tensor]:
         """All other parameters, and the buffers, which a forward pass may replace."""
