@@ -37,16 +37,16 @@ class Kind:
 
     def covectors(self, num_outputs: int) -> NDArray[np.float64]:
         """Vectors in output space that are pulled back to the parameters, one per row, shape (S, O)."""
-        unit: NDArray[np.float64] = np.eye(num_outputs)
-        if self.name == "trace":
-            unit *= num_outputs**-0.5
         if self.name in {"ntk", "diagonal", "trace"}:
+            unit: NDArray[np.float64] = np.eye(num_outputs)
+            if self.name == "trace":
+                unit *= num_outputs**-0.5
             return unit
         if self.name.startswith(_OUTPUT):
             output = int(self.name.removeprefix(_OUTPUT))
             if output >= num_outputs:
                 raise ConfigError(f"kind={self.name!r}: the model has outputs 0 to {num_outputs - 1}")
-            return unit[output : output + 1]
+            return np.eye(1, num_outputs, output)
         return np.full((1, num_outputs), num_outputs**-0.5)
 
 

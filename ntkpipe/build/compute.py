@@ -19,7 +19,7 @@ from ntkpipe.build.mend import NOT_CERTIFIED, RepairReport, mend, verify_with
 from ntkpipe.build.plan import Plan
 from ntkpipe.build.prepare import Request, exact_single_thread, time_jacobians
 from ntkpipe.build.workers import find_resources
-from ntkpipe.jacobian.model.functional import Forward
+from ntkpipe.jacobian.model.functional import Forward, uncompiled
 from ntkpipe.jacobian.model.samples import Samples, StoredSource, as_samples
 from ntkpipe.jacobian.parameter_report import ParameterReport, report_of, report_rows
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
@@ -277,7 +277,7 @@ def repair(
 
 def _source(store: Store, arguments: Mapping[str, Any]) -> ModelSource:
     """The source that a store was made from; inputs and targets that are not given are those in the store."""
-    manifest, model = store.manifest, arguments["model"]
+    manifest, model = store.manifest, uncompiled(arguments["model"])
     known = dict(model.named_parameters())
     if missing := [name for name in manifest.model.parameters if name not in known]:
         raise StoreMismatchError(

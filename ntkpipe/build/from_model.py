@@ -123,8 +123,7 @@ class ModelSource(TileSource):
         stored = array.read(first)
         picked = probe_samples(len(stored))
         samples = [first[0] * store.manifest.tile + sample for sample in picked]
-        with torch.no_grad():
-            outputs = self.prepared.model(self.prepared.load(samples)).double().cpu().numpy()
+        outputs = self.prepared.model(self.prepared.load(samples)).detach().double().cpu().numpy()
         gap = float(np.abs(outputs - stored[picked]).max())
         scale = float(np.abs(stored[picked]).max()) or 1.0
         if gap > _OUTPUT_TOLERANCE[store.manifest.compute_dtype] * scale:

@@ -261,10 +261,11 @@ def jacobian_operator(
     samples = as_samples(inputs, with_targets=False)
     digest = samples.inspect("inputs").inputs_digest
     with exact_single_thread(compute_dtype):
-        prepared = prepare(Request.of(given, (samples, None)), device=device)
+        request = Request.of(given, (samples, None))
+        prepared = prepare(request, device=device)
         memory = int(_SHARE_OF_MEMORY * available_memory())
         require_finite(prepared, prepared.engine, subtile=batch, batch=batch)
         engine, _ = self_check(prepared.engine, prepared.load, samples.num_samples, batch=batch, memory_bytes=memory)
-    made_from = fingerprint(model, prepared.model.names)
+    made_from = fingerprint(request.model, prepared.model.names)
     identity = f"J J' {kind} {compute_dtype} {made_from.state_digest} {made_from.structure_digest} {digest}"
     return JacobianOperator(prepared, engine, batch=batch, identity=identity, step=step)

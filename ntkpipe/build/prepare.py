@@ -20,7 +20,15 @@ from ntkpipe.build.plan import Machine, Plan, Workload
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import JacobianProducts, batch_size, take
 from ntkpipe.jacobian.model.device import exact_math, free_memory, is_out_of_memory, sizes_of, without_tf32
-from ntkpipe.jacobian.model.functional import DTYPES, Batch, Forward, FunctionalModel, prepare_model, resolve_device
+from ntkpipe.jacobian.model.functional import (
+    DTYPES,
+    Batch,
+    Forward,
+    FunctionalModel,
+    prepare_model,
+    resolve_device,
+    uncompiled,
+)
 from ntkpipe.jacobian.model.samples import Samples, as_samples, require_same_arrays
 from ntkpipe.jacobian.model.state import num_bytes
 from ntkpipe.jacobian.probe import Probed, make_engine, probe, probe_samples
@@ -83,7 +91,9 @@ class Request:
             first = (*manifest.earlier(), manifest)[0].train.num_samples
             if kernel.tile is None or min(kernel.tile, first) == manifest.tile:
                 kernel = kernel.model_copy(update={"tile": manifest.tile})
-        return cls(arguments["model"], train, test, kernel, run, arguments["forward"])
+        model = arguments["model"]
+        model = uncompiled(model) if isinstance(model, nn.Module) else model  # what is none is refused with its reason
+        return cls(model, train, test, kernel, run, arguments["forward"])
 
 
 @dataclass(frozen=True)
@@ -263,7 +273,8 @@ def plan_and_check(
         require_finite(prepared, engine, subtile=plan.subtile, batch=plan.batch)
         if not is_checked:
             return Settled(prepared, engine, plan, None, 0.0)
-        checked, report = self_check(engine, prepared.load, samples, batch=plan.batch, memory_bytes=memory)
+        sizes = {"batch": plan.batch, "memory_bytes": memory, "threads": plan.machine.workers}
+        checked, report = self_check(engine, prepared.load, samples, **sizes)
     except NtkpipeError:
         raise
     except Exception as error:  # its samples are new to the model

@@ -122,7 +122,8 @@ class Engine:
             last = min(first + subtile, stop)
             while True:
                 try:
-                    done.append(self._piece(load, first, last, batch))
+                    with self.model.turn:
+                        done.append(self._piece(load, first, last, batch))
                     break
                 except Exception as error:
                     if not is_out_of_memory(error) or min(batch, last - first) <= 2:
@@ -147,7 +148,8 @@ class Engine:
     def piece(self, batch: Batch) -> tuple[Piece, Tensor]:
         """Jacobians and outputs of one batch as one piece."""
         size = batch_size(batch)
-        return self._piece(lambda start, stop: batch, 0, size, size)
+        with self.model.turn:
+            return self._piece(lambda start, stop: batch, 0, size, size)
 
     def _empty_piece(self, num_samples: int) -> tuple[Piece, dict[str, Representation]]:
         """Room for the Jacobians of some samples, and what each term fills of it."""
@@ -192,10 +194,13 @@ class Engine:
 
     def forward(self, batch: Batch) -> Pass:
         """A recorded pass of a batch, which used its parameters as those on probe batches did."""
+        if not self.terms:  # nothing to watch for; gradients are recorded, which models that differentiate inside need
+            outputs = self.model(batch)
+            return Pass(outputs if self.tracing.unused else outputs.detach(), [])
         recorder = Recorder(self.parameters, self.model.constants(), expansions=self.tracing.expansions)
-        with torch.set_grad_enabled(bool(self.terms or self.tracing.unused)), recorder:
+        with recorder:
             recorded = Pass(self.model(batch), recorder.calls)
-        if self.terms and not self.tracing.matches(recorded, self.parameters):
+        if not self.tracing.matches(recorded, self.parameters):
             raise ModelError(f"the forward pass used its parameters in another way than on the probe batch: {_WHY}")
         if any(recorded.calls[use.call].input_was_changed() for use in self.tracing.uses):
             raise ModelError("an input of a layer was changed in place after its use; it was not on the probe batch")

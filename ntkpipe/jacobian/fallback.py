@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from ntkpipe.base.errors import ModelError
 from ntkpipe.base.grid import Span
-from ntkpipe.jacobian.model.device import is_out_of_memory
+from ntkpipe.jacobian.model.device import Alone, is_out_of_memory
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.model.samples import Source
 
@@ -133,10 +133,11 @@ class JacobianProducts:
         total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
         by_sample = torch.from_numpy(vector).reshape(-1, len(self.covectors))
         for span, batch in self.batches(source):
-            outputs = self.model(batch)
-            seed = torch.zeros_like(outputs)
-            seed[: len(span)] = by_sample[span.start : span.stop].to(self.covectors) @ self.covectors
-            grads = torch.autograd.grad(outputs, list(parameters.values()), seed, allow_unused=True)
+            with self.model.turn:
+                outputs = self.model(batch)
+                seed = torch.zeros_like(outputs)
+                seed[: len(span)] = by_sample[span.start : span.stop].to(self.covectors) @ self.covectors
+                grads = torch.autograd.grad(outputs, list(parameters.values()), seed, allow_unused=True)
             for name, grad in zip(parameters, grads, strict=True):
                 if grad is not None:
                     total[name] += grad
@@ -152,15 +153,16 @@ class JacobianProducts:
         for span, batch in self.batches(source):
             own = by_sample[span.start : span.stop]
             wanted = [(n, int(label)) for n, column in enumerate(own.T) for label in np.unique(column[column >= 0])]
-            outputs = self.model(batch) if wanted else self.covectors
-            for left, (number, label) in zip(reversed(range(len(wanted))), wanted, strict=True):
-                seed = torch.zeros_like(outputs)
-                seed[np.flatnonzero(own[:, number] == label)] = self.covectors[number].to(outputs)
-                found = torch.autograd.grad(
-                    outputs, list(parameters.values()), seed, retain_graph=left > 0, allow_unused=True
-                )
-                pairs = zip(parameters, found, strict=True)
-                yield label, {name: grad.to_dense() for name, grad in pairs if grad is not None}
+            with self.model.turn:
+                outputs = self.model(batch) if wanted else self.covectors
+                for left, (number, label) in zip(reversed(range(len(wanted))), wanted, strict=True):
+                    seed = torch.zeros_like(outputs)
+                    seed[np.flatnonzero(own[:, number] == label)] = self.covectors[number].to(outputs)
+                    found = torch.autograd.grad(
+                        outputs, list(parameters.values()), seed, retain_graph=left > 0, allow_unused=True
+                    )
+                    pairs = zip(parameters, found, strict=True)
+                    yield label, {name: grad.to_dense() for name, grad in pairs if grad is not None}
             step()
 
     def product(self, source: Source, direction: Mapping[str, Tensor], step: Callable[[], None]) -> NDArray[np.float64]:
@@ -170,7 +172,8 @@ class JacobianProducts:
         tangents = {name: (direction[name] / (norm or 1.0)).to(value) for name, value in parameters.items()}
         parts = []
         for span, batch in self.batches(source):
-            derivatives = self._derivatives(parameters, tangents, batch).double() * norm
+            with Alone():  # of forward mode
+                derivatives = self._derivatives(parameters, tangents, batch).double() * norm
             parts.append((derivatives @ self.covectors.double().T)[: len(span)].reshape(-1).cpu())
             step()
         return torch.cat(parts).numpy()

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ntkpipe.jacobian.mixing import (
     require_repeatable,
     require_single,
 )
+from ntkpipe.jacobian.model.device import Alone, watched_sharing
 from ntkpipe.jacobian.model.functional import MIXING_TOLERANCE, Batch, FunctionalModel
 from ntkpipe.jacobian.model.samples import show_samples
 from ntkpipe.jacobian.representations.interface import Setup
@@ -50,6 +51,12 @@ def probe_samples(num_samples: int) -> list[int]:
 
 def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: bool) -> Probed:
     """Run the model on three batches of a few samples: check that it has a kernel, and find how it uses parameters."""
+    with watched_sharing(model.parameters.values()) as is_sharing:
+        probed = _probed(model, load, num_samples, structured)
+    return replace(probed, model=replace(probed.model, turn=Alone())) if is_sharing() else probed
+
+
+def _probed(model: FunctionalModel, load: Load, num_samples: int, structured: bool) -> Probed:
     chosen = probe_samples(num_samples)
     batch = load(chosen)
     model, limit = model.with_fast_layout(batch), MIXING_TOLERANCE[model.arithmetic]
@@ -70,16 +77,16 @@ def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: b
     if max(mixing / scale, gap) > FLOOR[model.arithmetic]:
         require_single(model, batches[0], range(len(chosen)), model.arithmetic, gap)
     reached = _reached(passes[:2], gradients, parameters, model.constants())
+    tracing = None
     with _added_to(problems):
         tracing = trace(parameters, passes, reached, expansions) if not problems else None
-    if tracing is None or problems:
-        tracing = nothing_traced(list(parameters), problems[0])
-    return Probed(model, outputs[0].shape[1], tracing, batch)
+    return Probed(model, outputs[0].shape[1], tracing or nothing_traced(list(parameters), problems[0]), batch)
 
 
 def make_engine(probed: Probed, setup: Setup) -> Engine:
     """The engine of a model that was probed, with a method for the fallback."""
-    return Engine(probed.model, probed.tracing, "vmap", setup).with_working_method(probed.batch)
+    with probed.model.turn:
+        return Engine(probed.model, probed.tracing, "vmap", setup).with_working_method(probed.batch)
 
 
 @contextlib.contextmanager
@@ -130,7 +137,9 @@ def _gradients(model: FunctionalModel, outputs: Sequence[Tensor]) -> tuple[set[s
         whole = gradients_of(model, outputs[0], seeds)
         alone = gradients_of(model, outputs[1], covectors_of(outputs[1], second))
         rest = gradients_of(model, outputs[0], seeds * ~torch.isin(torch.tensor(first), few)[:, None].to(seeds.device))
-    except RuntimeError as error:
+    except (NtkpipeError, MemoryError):
+        raise
+    except Exception as error:  # a backward of its own may raise anything
         raise ModelError(f"autograd cannot differentiate this model: {error}") from error
     among = {name: value - rest[name] if name in rest else value for name, value in whole.items()}
     return whole.keys() | alone.keys(), distance(among, alone, whole)

@@ -1,10 +1,17 @@
 """The self-check: the engine against plain ``torch.func``, one sample at a time, parameter by parameter."""
 
-from dataclasses import dataclass
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from ntkpipe.base.config import ComputeDtype
@@ -12,7 +19,7 @@ from ntkpipe.base.errors import NonFiniteError, SelfCheckError
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, by_loop, take
 from ntkpipe.jacobian.mixing import FLOOR, distance, require_repeatable, require_single
-from ntkpipe.jacobian.model.device import is_out_of_memory
+from ntkpipe.jacobian.model.device import Alone, is_out_of_memory
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.model.samples import show_samples
 from ntkpipe.jacobian.probe import Load
@@ -29,6 +36,12 @@ _SHARE_OF_MEMORY, _JACOBIAN_BYTES = 0.5, 256 * 2**20
 _TOLERANCE, _EPSILON = 1e-5, 1e-10
 _COMPUTE_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "tf32": 0.1, "bfloat16": 0.5}  # of the whole kernel
 _TINY = torch.finfo(torch.float64).tiny
+
+_PATIENCE = 1.0  # seconds after which the threads part: a lock of the model may keep one from the other
+_DISTURBED = (
+    "threads that run this model at once disturb each other ({}), as where it keeps something in a global variable or "
+    "in .grad: they take turns, which is right but slower. workers=1 does without this message"
+)
 
 Jacobians = dict[str, Tensor]  # (covectors, samples, P) per parameter
 
@@ -49,15 +62,32 @@ class CheckReport:
 
 
 def self_check(
-    engine: Engine, load: Load, num_samples: int, *, batch: int, memory_bytes: int
+    engine: Engine, load: Load, num_samples: int, *, batch: int, memory_bytes: int, threads: int = 1
 ) -> tuple[Engine, CheckReport]:
-    """Compare the engine with a reference that shares none of its code; what fails is moved to the fallback."""
+    """Compare the engine with a reference that shares none of its code; what fails is moved to the fallback.
+
+    A run of several threads has two of them at once here, too; a model whose threads disturb each other takes turns.
+    """
+    with engine.model.turn:
+        return _self_check(engine, load, num_samples, batch, memory_bytes, threads)
+
+
+def _self_check(
+    engine: Engine, load: Load, num_samples: int, batch: int, memory_bytes: int, threads: int
+) -> tuple[Engine, CheckReport]:
     check = _Check(engine, load, num_samples, batch, memory_bytes)
     engine, moved, found = check.settle(engine)
     errors = {name: error for name, (_, error) in check.errors(found).items() if name not in check.reference_wrong}
     worst = max(errors, key=lambda name: errors[name], default="")
-    compute_error = check.compute_error(engine)
     limit = _COMPUTE_TOLERANCE[engine.model.arithmetic]
+    is_parallel, problem, compute_error = threads > 1 and not isinstance(engine.model.turn, Alone), "", float("inf")
+    if is_parallel:
+        compute_error, problem = check.error_at_once(engine)
+    if not compute_error <= limit:
+        compute_error = check.compute_error(engine, check.places)
+        if is_parallel and compute_error <= limit:
+            engine = engine.changed(model=replace(engine.model, turn=Alone()))
+            warnings.warn(_DISTURBED.format(problem or "their Jacobians are wrong"), stacklevel=2)
     if not compute_error <= limit:
         is_double = engine.model.arithmetic == "float64"
         advice = "Part of the model may compute in another dtype" if is_double else "Use compute_dtype='float64'"
@@ -76,6 +106,29 @@ def self_check(
         moved=moved,
         reference_wrong=tuple(sorted(check.reference_wrong)),
     )
+
+
+class _InStep(TorchFunctionMode):
+    """Lets two threads go through a model together, torch function by torch function, until one of them is through."""
+
+    def __init__(self, together: threading.Barrier) -> None:
+        super().__init__()
+        self._together = together
+
+    def attach(self, module: nn.Module) -> None:
+        """Watch every forward pass of a module."""
+        inside = ExitStack()
+
+        def enter(*_: object) -> None:
+            inside.enter_context(self)
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(lambda *_: inside.close(), always_call=True)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with suppress(threading.BrokenBarrierError):
+            self._together.wait(_PATIENCE)
+        return func(*args, **(kwargs or {}))
 
 
 class _Check:
@@ -154,12 +207,44 @@ class _Check:
             require_repeatable(self.model, self._cast, self.model(self._cast).detach())
             require_single(self.model, self._cast, self.places, arithmetic)
 
-    def compute_error(self, engine: Engine) -> float:
+    def compute_error(self, engine: Engine, places: list[int]) -> float:
+        """The error of the whole kernel in the compute dtype; the places are those of the check in any order."""
         whole = engine.with_covectors(self.covectors, "all")
-        piece, _ = whole.piece(take(self._batch, self.places))
+        piece, _ = whole.piece(take(self._batch, places))
         found = contract(piece, piece, Workspace())
+        order, count = [places.index(place) for place in self.places], len(self.covectors)
+        rows = [place * count + number for place in order for number in range(count)]
+        found = found[rows][:, rows]
         gap = (found.double() - _total(self.reference)).abs()
         return float((gap / self.scale.clamp_min(_TINY)).max())
+
+    def error_at_once(self, engine: Engine) -> tuple[float, str]:
+        """The largest error of two threads that compute that kernel at once, and what one of them raised."""
+        ready, together, interval = threading.Barrier(2), threading.Barrier(2), sys.getswitchinterval()
+
+        def compute(copy: Engine, places: list[int]) -> float:
+            torch.set_num_threads(1)
+            if copy.terms:  # a model that refuses to be watched has none
+                _InStep(together).attach(copy.model.module)
+            ready.wait()
+            try:
+                return self.compute_error(copy, places)
+            finally:
+                together.abort()
+
+        try:
+            sys.setswitchinterval(1e-5)  # else a small model is through before the other thread's turn
+            with ThreadPoolExecutor(2, thread_name_prefix="ntkpipe-check") as pool:
+                orders = self.places, self.places[::-1]
+                running = [pool.submit(compute, engine.copy(), places) for places in orders]
+        finally:
+            sys.setswitchinterval(interval)
+        raised = [error for each in running if (error := each.exception()) is not None]
+        if any(map(is_out_of_memory, raised)):  # which the plan sees to
+            return self.compute_error(engine, self.places), ""
+        if raised:
+            return float("inf"), f"{type(raised[0]).__name__}: {str(raised[0]).partition(chr(10))[0]:.120}"
+        return max(each.result() for each in running), ""
 
     def _jacobians(self, engine: Engine) -> Jacobians:
         double = engine.with_covectors(self.covectors, "all", model=self.model)
@@ -196,11 +281,11 @@ class _Check:
         step = 1e-5 * max(1.0, float(parameter.detach().norm()))
         pairs = [take(self._cast, [place, place]) for place in self.places]
         original, ends = parameter.detach().clone(), []
-        with torch.no_grad():
-            for sign in (1.0, -1.0):
-                parameter.copy_(original + sign * step * direction)
-                ends.append(torch.stack([self.model(pair)[0] for pair in pairs]))
-            parameter.copy_(original)
+        for shift in (step, -step, 0.0):
+            with torch.no_grad():
+                parameter.copy_(original + shift * direction)
+            if shift:
+                ends.append(torch.stack([self.model(pair)[0].detach() for pair in pairs]))
         slope = (ends[0] - ends[1]) / (2 * step) @ self.covectors.to(ends[0]).T
         flat = direction.reshape(-1).double()
         gaps = [float(((jacobian @ flat).T - slope.double()).norm()) for jacobian in (found, self.reference[name])]

@@ -41,6 +41,13 @@ def test_an_output_is_a_number(name):
         get_kind(name)
 
 
+@pytest.mark.parametrize("name", ["pntk", "output:7"])
+def test_one_covector_of_very_many_outputs_is_one_row(name):
+    covectors = get_kind(name).covectors(10**6)  # a matrix of all outputs would have 8 TB
+    assert covectors.shape == (1, 10**6)
+    assert np.linalg.norm(covectors) == pytest.approx(1, rel=1e-12)
+
+
 def test_the_pseudo_kernel_sums_the_outputs():
     covector = get_kind("pntk").covectors(4)
     assert np.array_equal(covector, np.full((1, 4), 0.5))

@@ -5,14 +5,16 @@ Devices differ in how work is cut, how exhausted memory is recognised, and which
 
 import contextlib
 import gc
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkpipe.base.errors import NtkpipeError
@@ -157,6 +159,39 @@ def exact_process(*, tf32: bool = False, default_dtype: torch.dtype | None = Non
                 _UNDO.close()
 
 
+class Alone(contextlib.AbstractContextManager[None]):
+    """A context in which one thread of the process is at a time, for models whose threads would disturb each other."""
+
+    # Without a state, so that it can be pickled.
+    def __enter__(self) -> None:
+        _ONE_AT_A_TIME.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        _ONE_AT_A_TIME.release()
+
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextlib.contextmanager
+def watched_sharing(parameters: Iterable[Tensor]) -> Iterator[Callable[[], bool]]:
+    """Tell whether what runs inside uses what threads share: forward mode, or gradients kept with parameters."""
+    # Levels of forward mode belong to the process: what two threads compute at one ends with the first that leaves it.
+    used: list[None] = []
+    enter: Any = forward_ad.enter_dual_level
+
+    def entering() -> int:
+        used.append(None)
+        return int(enter())
+
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(Alone())
+        undo.enter_context(changed_settings((forward_ad, "enter_dual_level", entering)))
+        for parameter in parameters:
+            undo.callback(parameter.register_post_accumulate_grad_hook(lambda _: used.append(None)).remove)
+        yield lambda: bool(used)
+
+
 def _apply(tf32: bool, default_dtype: torch.dtype) -> None:
     torch.set_default_dtype(default_dtype)
     for setting in _gpu_precisions():
@@ -192,4 +227,6 @@ def _exact_settings() -> Iterator[None]:
         undo.callback(torch.set_default_dtype, torch.get_default_dtype())
         undo.callback(_BACKENDS.mha.set_fastpath_enabled, _BACKENDS.mha.get_fastpath_enabled())
         _BACKENDS.mha.set_fastpath_enabled(False)
+        if "torch._dynamo" in sys.modules:  # what torch.compile made would compile our recorder, and round as it likes
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
         yield

@@ -79,6 +79,8 @@ class FunctionalModel:
     dtype: torch.dtype  # of parameters and floating-point inputs
     device: torch.device
     tf32: bool = False  # whether float32 products of a GPU may be TF32, as ``exact_math`` then allows
+    # What passes are run in: alone where threads that ran the model at once would disturb each other.
+    turn: contextlib.AbstractContextManager[None] = field(default_factory=contextlib.nullcontext)
     parameters: dict[str, nn.Parameter] = field(init=False, repr=False, compare=False)  # the selected ones by name
 
     def __post_init__(self) -> None:
@@ -115,8 +117,16 @@ class FunctionalModel:
 
     def call_with(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Outputs of a batch with some parameters replaced, through ``torch.func.functional_call``."""
-        renamed = {f"model.{name}": value for name, value in parameters.items()}
-        return self.check_outputs(torch.func.functional_call(self.module, renamed, (batch,)), batch)
+        # Not by ``tie_weights``, which in torch 2.13 leaves the replaced tensors in a module that is in two places.
+        given = {id(self.parameters[name]): value for name, value in parameters.items()}
+        renamed = {
+            f"{prefix}.{name}": given[id(parameter)]
+            for prefix, child in self.module.named_modules()
+            for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False)
+            if id(parameter) in given
+        }
+        outputs = torch.func.functional_call(self.module, renamed, (batch,), tie_weights=False)
+        return self.check_outputs(outputs, batch)
 
     def require_replaced(self, outputs: Tensor) -> None:
         """Check that outputs of :meth:`call_with` do not depend on the parameters that were to be replaced."""
@@ -172,12 +182,11 @@ class FunctionalModel:
         if any(weight.shape[2:].numel() == 1 and 1 < weight.shape[1] < _MANY_CHANNELS for weight in weights):
             return self
         changed = self.channels_last()
-        with torch.no_grad():
-            outputs = self.explained(batch)
-            try:
-                again = changed(batch)
-            except RuntimeError:  # it takes views of what a convolution returns, which need the usual layout
-                return self
+        outputs = self.explained(batch).detach()
+        try:
+            again = changed(batch).detach()
+        except RuntimeError:  # it takes views of what a convolution returns, which need the usual layout
+            return self
         scale = float(outputs.abs().max()) or 1.0
         return changed if float((again - outputs).abs().max()) <= MIXING_TOLERANCE[self.arithmetic] * scale else self
 
@@ -201,6 +210,16 @@ class FunctionalModel:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in selected)
         return replace(self, module=module, **changes)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model underneath ``torch.compile``; where that wraps parts of it, a copy without, of the same tensors."""
+    compiled = [each for each in model.modules() if "_orig_mod" in each._modules]
+    shared: dict[int, Any] = {id(value): value for value in (*model.parameters(), *model.buffers())}
+    for each in reversed(compiled):  # the innermost first
+        inner: Any = each._modules["_orig_mod"]
+        shared[id(each)] = deepcopy(inner, shared)
+    return deepcopy(model, shared) if compiled else model
 
 
 def _converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -265,7 +284,10 @@ def select_parameters(model: nn.Module, patterns: str | tuple[str, ...] | None) 
         raise ModelError(f"the model has {found}; needed at least one with requires_grad=True")
     if patterns is None:
         return tuple(trainable)
-    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    # A compiled model shows names with the wrapper's, which the model underneath lacks.
+    patterns = tuple(
+        each.replace("_orig_mod.", "") for each in ((patterns,) if isinstance(patterns, str) else patterns)
+    )
     if not patterns:
         raise ModelError("parameters is empty; needed patterns of names, or None for all that require a gradient")
     for pattern in patterns:

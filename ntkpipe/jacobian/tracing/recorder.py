@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ntkpipe.jacobian.model.device import is_out_of_memory
 from ntkpipe.jacobian.tracing.rules.form import Form
 from ntkpipe.jacobian.tracing.rules.table import RULES
 
@@ -86,6 +88,8 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if peek_interpreter_stack() is not None:  # edges inside torch.func transforms end there: these are no uses
+            return func(*args, **kwargs)
         tensors = tensors_in((args, kwargs))
         known = all(id(tensor) in self._made or id(tensor) in self._constants for tensor in tensors)
         # Where no gradient is recorded, parameters are constants.
@@ -116,20 +120,14 @@ class Recorder(TorchFunctionMode):
         return output
 
     def _use(self, func: Any, args: Any, kwargs: Any, mine: list[Tensor]) -> Any:
-        rule = RULES.get(func)
-        bound = None
-        if rule is not None and not any(
-            value.is_nested or value.layout != torch.strided or value.is_complex() for value in tensors_in(args)
-        ):
-            bound = rule(*args, **{name: value for name, value in kwargs.items() if name != "out"})
-        if bound is None or not (own := {r: o for r, o in bound.operands.items() if id(o[0]) in self._made}):
+        own, saved = self._bound(func, args, kwargs)
+        if not own:
             body = _body(func)
             if body is None:
                 return self._without(mine, func(*args, **kwargs))
             with self:
                 return body(*args, **kwargs)
-        arguments = {role: self._argument(tensor, form) for role, (tensor, form) in own.items()}
-        saved = tuple((tensor.detach(), tensor._version) for tensor in bound.saved)
+        arguments = {role: argument for role, (_, argument) in own.items()}
         if self._detach:
             cut = {id(tensor) for tensor, _ in own.values()}
             args, kwargs = tree_map(lambda value: value.detach() if id(value) in cut else value, (args, kwargs))
@@ -137,6 +135,26 @@ class Recorder(TorchFunctionMode):
         edge = get_gradient_edge(_whole(output)) if output.requires_grad else None
         self.calls.append(Call(func.__name__, arguments, saved, edge, output.new_zeros(()), tuple(output.shape)))
         return self._without(mine, output)
+
+    def _bound(
+        self, func: Any, args: Any, kwargs: Any
+    ) -> tuple[dict[str, tuple[Tensor, Argument]], tuple[tuple[Tensor, int], ...]]:
+        """By role what parameters enter a call that has a rule, and what its forms read later."""
+        rule = RULES.get(func)
+        if rule is None or any(
+            value.is_nested or value.layout != torch.strided or value.is_complex() for value in tensors_in(args)
+        ):
+            return {}, ()
+        try:
+            bound = rule(*args, **{name: value for name, value in kwargs.items() if name != "out"})
+            operands = {} if bound is None else bound.operands
+            made = {role: each for role, each in operands.items() if id(each[0]) in self._made}
+            own = {role: (tensor, self._argument(tensor, form)) for role, (tensor, form) in made.items()}
+            return own, tuple((tensor.detach(), tensor._version) for tensor in (bound.saved if bound and own else ()))
+        except Exception as error:  # it has no rule then; if the call is wrong, torch says so
+            if is_out_of_memory(error):
+                raise
+            return {}, ()
 
     def _without(self, mine: list[Tensor], output: Any) -> Any:
         """The output; what was made of parameters alone no longer is if the call wrote samples into it."""
