@@ -1,7 +1,9 @@
 """Progress display: a live bar on a terminal, a line every few seconds elsewhere."""
 
 import sys
-from collections.abc import Generator, Iterable, Sequence
+import threading
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from math import isfinite, log
 from time import monotonic
 from typing import Any, Self, TextIO, TypeVar
@@ -12,7 +14,20 @@ from rich.console import Console
 Item = TypeVar("Item")
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SILENT_SECONDS = 3.0
 _FEWEST_FOR_FORECAST = 4
+
+
+@contextmanager
+def note_if_slow(words: str) -> Iterator[None]:
+    """Print a line if what is inside takes more than a few seconds."""
+    timer = threading.Timer(_SILENT_SECONDS, print, (words,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _rate(speed: float, unit: str) -> str:

@@ -54,6 +54,10 @@ class Folder(Medium):
     def identity(self) -> str:
         return str(self.root.resolve())
 
+    def nearest(self) -> "Folder":
+        root = self.root.absolute()
+        return Folder(next(each for each in (root, *root.parents) if each.is_dir()))
+
     def get(self, name: str, limit: int = DOCUMENT_BYTES) -> bytes:
         with self._opened(name, limit) as file:
             return file.readall()

@@ -32,6 +32,10 @@ class Medium(ABC):
     def identity(self) -> str:
         """Text that is equal for the same place, however its path was written."""
 
+    def nearest(self) -> "Medium":
+        """Where things can be put now: this medium, or the folder above in which it would be made."""
+        return self
+
     @abstractmethod
     def get(self, name: str, limit: int = DOCUMENT_BYTES) -> bytes:
         """Read all bytes of ``name``."""
