@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.arrays import require_range
 from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.paths import said
 
 # `binary` is one column of -1 for the first of two classes and +1 for the second, in place of two one-hot columns.
 Task = Literal["auto", "classification", "regression", "binary"]
@@ -119,7 +120,9 @@ def as_values(targets: ArrayLike) -> NDArray[Any]:
     try:
         values = np.asarray(targets)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"targets that are no array ({error}); needed numbers or labels, (N,) or (N, O)") from None
+        raise ConfigError(
+            f"targets that are no array ({said(error)}); needed numbers or labels, (N,) or (N, O)"
+        ) from None
     if values.dtype.kind == "S":
         return values.astype(np.str_)
     if values.dtype.kind == "O" and all(isinstance(one, _NUMBERS) for one in values.reshape(-1).tolist()):
@@ -181,7 +184,7 @@ def _classes_of(labels: NDArray[Any], num_outputs: int | None, task: Task) -> ND
     try:
         classes = np.unique(labels)
     except TypeError as error:
-        raise ConfigError(f"labels of several types ({error}); needed all integers, or all text") from None
+        raise ConfigError(f"labels of several types ({said(error)}); needed all integers, or all text") from None
     if task == "binary":
         if len(classes) != 2:
             raise ConfigError(f"task='binary' and {len(classes)} classes; needed labels of two")

@@ -11,6 +11,7 @@ from torch import nn
 from ntkpipe.base.arguments import checked, with_arguments_of
 from ntkpipe.base.config import ComputeDtype, KernelSpec, MemoryLimit, RealDtype, RunSpec, spec_of
 from ntkpipe.base.errors import ConfigError, StoreMismatchError, TileError
+from ntkpipe.base.paths import said
 from ntkpipe.base.tables import as_table
 from ntkpipe.build.from_model import ModelSource
 from ntkpipe.build.life import Place, fill, require_same
@@ -264,7 +265,7 @@ def repair(
             return _source(kept, arguments)
         except TileError as error:
             raise ConfigError(
-                f"the samples in {kept.root} cannot be used ({error}); give inputs and targets, also of the test set, "
+                f"the samples in {kept.root} cannot be used ({said(error)}); give inputs and targets, also of the test set, "
                 "or a workflow file"
             ) from error
 

@@ -15,6 +15,7 @@ import torch
 
 from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError
+from ntkpipe.base.paths import said
 from ntkpipe.build.plan import SHARE_OF_LIMIT, BlockTask, Machine
 from ntkpipe.build.prepare import Request, exact_single_thread, measure_rates, this_machine
 from ntkpipe.build.records import BuildRecord
@@ -192,5 +193,5 @@ def _try_medium(medium: Medium, theirs: str) -> str:
         step = "delete there"
         medium.delete(mine)
     except OSError as error:
-        return f"process {os.getpid()} cannot {step}: {error}"
+        return f"process {os.getpid()} cannot {step}: {said(error)}"
     return "" if is_same else f"process {os.getpid()} reads something else than was written"

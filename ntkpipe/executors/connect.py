@@ -15,6 +15,7 @@ from distributed.core import rpc
 
 from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError, ConfigError
+from ntkpipe.base.paths import said
 from ntkpipe.base.progress import note_if_slow
 from ntkpipe.base.resources import available_memory, num_cores
 
@@ -67,14 +68,16 @@ def _join(scheduler: str) -> Client:
             kind = apart.submit(asyncio.run, _kind_of(scheduler)).result()
             if kind == "Scheduler":
                 return Client(scheduler, timeout=_CONNECT_SECONDS, set_as_default=False)
-        reason = f"a {kind} answers there"
-        cause = None
+        reason, cause = f"a {kind} answers there", None
     except Exception as error:  # noqa: BLE001 - no answer, an unknown protocol, another certificate, bytes of a web server
-        reason = str(error).rstrip(".") or f"no answer in {_CONNECT_SECONDS} seconds ({type(error).__name__})"
-        cause = error
+        cause, first = error, error
+        while first.__cause__ is not None:  # such as a refused connection, or a name that nobody knows
+            first = first.__cause__
+        no_answer = f"no answer in {_CONNECT_SECONDS} seconds"
+        reason = no_answer if isinstance(first, TimeoutError) else said(first)
     raise ClusterError(
-        f"cannot join the scheduler at {scheduler}: {reason}. Is it running (`dask scheduler`), reachable from here, is "
-        "this its port (8786 by default; 8787 is its dashboard), and, for tls://, do Dask's settings "
+        f"cannot join the scheduler at {scheduler}: {reason}. Is it running (`dask scheduler`), reachable from here, "
+        "is this its port (8786 by default; 8787 is its dashboard), and, for tls://, do Dask's settings "
         "distributed.comm.tls name this client's certificate?"
     ) from cause
 
@@ -82,7 +85,9 @@ def _join(scheduler: str) -> Client:
 async def _kind_of(address: str) -> str:
     """What answers there; Dask's client would wait for ever for the first word of what is no scheduler."""
     async with asyncio.timeout(_CONNECT_SECONDS):
-        async with rpc(address, connection_args=Security().get_connection_args("client")) as there:
+        async with rpc(
+            address, timeout=_CONNECT_SECONDS - 1, connection_args=Security().get_connection_args("client")
+        ) as there:
             found = await there.identity()
             return str(found.get("type"))
 

@@ -17,6 +17,7 @@ from distributed import Reschedule, WorkerPlugin, get_worker
 
 from ntkpipe.base.errors import ClusterError, ConfigError, ModelError
 from ntkpipe.base.imports import folder_first, forget_folder
+from ntkpipe.base.paths import said
 from ntkpipe.executors.pool import is_cancelled, is_leaving, without_frames
 from ntkpipe.executors.threads import Job, RunStopped
 
@@ -64,7 +65,7 @@ def pack_code(folder: Path, *, everything: bool = False, most_bytes: int = 64 * 
                 archive.write(path, path.relative_to(folder))
     except OSError as error:
         raise ClusterError(
-            f"cannot send the files of {folder} to workers: {error}; keep other files elsewhere"
+            f"cannot send the files of {folder} to workers: {said(error)}; keep other files elsewhere"
         ) from error
     return buffer.getvalue()
 

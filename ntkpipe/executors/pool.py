@@ -23,6 +23,7 @@ from distributed.comm.core import CommClosedError
 from distributed.core import Status
 
 from ntkpipe.base.errors import ClusterError, NtkpipeError, ResourceError
+from ntkpipe.base.paths import said
 from ntkpipe.base.progress import note_if_slow
 from ntkpipe.base.resources import available_memory, process_memory
 
@@ -220,7 +221,7 @@ async def _fetch(future: "Future[Any]", ended: "queue.SimpleQueue[tuple[Future[A
 def _failure(start: str, error: BaseException) -> NtkpipeError:
     """An error of a worker as one that says what to do there."""
     if isinstance(error, MemoryError):
-        return ResourceError(f"{start}: it has no memory left ({error}); give it more")
+        return ResourceError(f"{start}: it has no memory left ({said(error)}); give it more")
     hint = ". Install ntkpipe[compute,cluster] there, in the version that is used here" if _lacks_module(error) else ""
     # Dask gives an error that the client could not unpickle, or had no class for, as text.
     failure = ClusterError(f"{start}: {error if type(error) is Exception else repr(error)}{hint}")

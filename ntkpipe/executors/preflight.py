@@ -14,6 +14,7 @@ from distributed import Client
 from distributed.client import ClosedClientError
 
 from ntkpipe.base.errors import ClusterError, ConfigError
+from ntkpipe.base.paths import said
 from ntkpipe.base.progress import note_if_slow
 
 Answer = TypeVar("Answer")
@@ -64,7 +65,7 @@ def require_workers(client: object) -> set[str]:
         raise
     except _GONE as error:
         raise ClusterError(
-            f"the scheduler at {address} does not answer: {error or type(error).__name__}. Is it running "
+            f"the scheduler at {address} does not answer: {said(error)}. Is it running "
             "(`dask scheduler`), and reachable from here? Make a new client once it is"
         ) from error
     try:

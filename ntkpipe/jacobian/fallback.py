@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from ntkpipe.base.errors import ModelError
 from ntkpipe.base.grid import Span
+from ntkpipe.base.paths import said
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.model.samples import Source
 
@@ -134,7 +135,7 @@ class JacobianProducts:
             (derivatives,) = torch.autograd.grad(dot, weights)
         except RuntimeError as error:
             raise ModelError(
-                f"this model cannot be certified: it has neither forward-mode nor second derivatives ({error})"
+                f"this model cannot be certified: it has neither forward-mode nor second derivatives ({said(error)})"
             ) from error
         return derivatives
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
+from ntkpipe.base.paths import said
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import take
 from ntkpipe.jacobian.model.functional import MIXING_TOLERANCE, Batch, FunctionalModel
@@ -120,7 +121,7 @@ def _reached(passes: Sequence[Pass], parameters: Mapping[str, Tensor], constants
     try:
         reached = set().union(*(each.reached(parameters) for each in passes))
     except RuntimeError as error:
-        raise ModelError(f"autograd cannot differentiate this model: {error}") from error
+        raise ModelError(f"autograd cannot differentiate this model: {said(error)}") from error
     # Leaves that a forward pass creates itself, as energy models do to differentiate by their input, are new each time.
     known = {id(value) for value in (*parameters.values(), *constants)}
     found, again = ({id(leaf): leaf for leaf in leaves(each.outputs)} for each in passes)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from ntkpipe.base.config import ComputeDtype
 from ntkpipe.base.errors import ConfigError, ModelError, NonFiniteError, NtkpipeError
+from ntkpipe.base.paths import said
 from ntkpipe.store.manifest import ModelRecord
 
 Batch = Tensor | dict[str, Tensor]
@@ -112,7 +113,7 @@ class FunctionalModel:
             shown = ", ".join(f"{name}: {tuple(v.shape)} {v.dtype}" for name, v in tensors.items())
             raise ModelError(
                 f"the model raised {type(error).__name__} on a batch of {len(next(iter(tensors.values())))} ({shown}): "
-                f"{error}. Real inputs take the compute dtype, integers and booleans are passed on as they are"
+                f"{said(error)}. Real inputs take the compute dtype, integers and booleans are passed on as they are"
             ) from error
 
     def call_with(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -359,7 +360,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"device={device!r} is not a torch device: {error}") from error
+        raise ConfigError(f"device={device!r} is not a torch device: {said(error)}") from error
     if found.type not in {"cpu", "cuda"}:
         raise ConfigError(f"device={device!r}; needed 'cpu' or 'cuda'")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():

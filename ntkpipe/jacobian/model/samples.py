@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ntkpipe.base.errors import DataError, NonFiniteError
+from ntkpipe.base.paths import said
 from ntkpipe.store.manifest import ArrayRecord, DataRecord
 from ntkpipe.store.store import Store
 
@@ -69,7 +70,7 @@ class DatasetSource:
         try:
             return self.dataset[i]
         except Exception as error:
-            raise DataError(f"the data set raised {type(error).__name__} at item {i}: {error}") from error
+            raise DataError(f"the data set raised {type(error).__name__} at item {i}: {said(error)}") from error
 
     def _sample(self, i: int) -> dict[str, NDArray[Any]]:
         item = self._item(i)
@@ -271,7 +272,7 @@ def _to_array(value: object, label: str) -> NDArray[Any]:
             value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
         array = np.asarray(value)
     except (TypeError, ValueError) as error:  # sparse tensors and ragged lists
-        raise DataError(f"{label} cannot be made an array: {error}") from error
+        raise DataError(f"{label} cannot be made an array: {said(error)}") from error
     if array.dtype.kind not in "fiub":
         found = f"{label} has dtype {array.dtype}; needed real numbers, integers or booleans"
         how = "; a store has labels as numbers: np.unique(labels, return_inverse=True)"

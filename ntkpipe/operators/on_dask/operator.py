@@ -17,6 +17,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ClusterError, ConfigError, ResourceError
 from ntkpipe.base.operator import Operator, Work, digest_of
+from ntkpipe.base.paths import said
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.executors.pool import POLL_SECONDS, Report, WorkerPool
 from ntkpipe.executors.preflight import ask_all
@@ -107,7 +108,7 @@ class WorkerGroup:
             question = compare_first_tile, self.source, self._digest
             return self._pool.require_shared("the matrix", *question, workers=addresses)
         except TypeError as error:  # of pickling
-            raise ConfigError(f"tiles cannot be sent to workers: {error}") from error
+            raise ConfigError(f"tiles cannot be sent to workers: {said(error)}") from error
 
     def _admit_late(self, addresses: list[str]) -> None:
         """Admit workers that have joined; one that dies meanwhile, or that is of no use beside others, is left out."""
@@ -118,7 +119,7 @@ class WorkerGroup:
                 if not self.members:
                     raise
                 self._refused.add(address)
-                warnings.warn(f"a worker that joined is not used: {error}", stacklevel=2)
+                warnings.warn(f"a worker that joined is not used: {said(error)}", stacklevel=2)
 
     def _admit(self, reports: Mapping[str, Report[str]]) -> None:
         hosts = Counter(each.host for each in (*reports.values(), *(each.report for each in self.members.values())))
