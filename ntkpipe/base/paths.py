@@ -19,6 +19,8 @@ def local_path(given: str | os.PathLike[str]) -> Path:
         if parts.netloc not in {"", "localhost"} or not parts.path.startswith("/"):
             raise ConfigError(f"{text!r} names another machine or no full path; needed file:///folder/name, or a path")
         text = unquote(parts.path)
+    if "://" in text:
+        raise ConfigError(f"{text!r} is a URL; needed a path of this machine")
     path = os.path.expanduser(text)
     top = Path(path).parts[:1]
     if not path or "\0" in path:
@@ -26,9 +28,7 @@ def local_path(given: str | os.PathLike[str]) -> Path:
     if path.startswith("~") and not os.path.lexists(top[0]):
         raise ConfigError(f"{text!r}: this machine has no user {top[0][1:]!r}; give the folder, or './{text}'")
     if _VARIABLE.match(path) and not os.path.lexists(top[0]):
-        raise ConfigError(
-            f"{text!r}: a shell replaces {top[0]}, and nothing has here; give os.path.expandvars(…) of it"
-        )
+        raise ConfigError(f"{text!r}: a shell replaces {top[0]}, and nothing has here; give os.path.expandvars(path)")
     return Path(path)
 
 
@@ -51,9 +51,7 @@ def obstacle(path: Path, *, writes: bool = False, kind: str = "folder") -> str:
         is_folder = stat.S_ISDIR(found.st_mode)
         if part != absolute and not is_folder:
             return f"{part} is {_kind(found.st_mode)}, and nothing can be below it"
-        if (part == absolute and is_folder != (kind == "folder")) or (
-            not is_folder and not stat.S_ISREG(found.st_mode)
-        ):
+        if part == absolute and _kind(found.st_mode) != f"a {kind}":
             return f"{part} is {_kind(found.st_mode)}, not a {kind}"
         if is_folder:
             standing = part
@@ -65,17 +63,14 @@ def obstacle(path: Path, *, writes: bool = False, kind: str = "folder") -> str:
     longest = max(absolute.parts, key=lambda part: len(os.fsencode(part)))
     if len(os.fsencode(longest)) > os.pathconf(standing, "PC_NAME_MAX"):
         return f"its part {longest[:20]}… is longer than the file system takes"
+    if len(os.fsencode(absolute)) >= os.pathconf(standing, "PC_PATH_MAX"):
+        return "it is longer than the system takes"
     return ""
 
 
 def _kind(mode: int) -> str:
-    kinds = (
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISREG, "a file"),
-        (stat.S_ISFIFO, "a pipe"),
-        (stat.S_ISSOCK, "a socket"),
-    )
-    return next((name for holds, name in kinds if holds(mode)), "a device")
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFREG: "a file", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def said(error: BaseException) -> str:

@@ -265,8 +265,8 @@ def repair(
             return _source(kept, arguments)
         except TileError as error:
             raise ConfigError(
-                f"the samples in {kept.root} cannot be used ({said(error)}); give inputs and targets, also of the test set, "
-                "or a workflow file"
+                f"the samples in {kept.root} cannot be used ({said(error)}); give inputs and targets, also of the "
+                "test set, or a workflow file"
             ) from error
 
     with exact_single_thread(kept.manifest.compute_dtype):

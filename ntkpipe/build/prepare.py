@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkpipe.base.config import ComputeDtype, KernelSpec, RunSpec, spec_of
-from ntkpipe.base.errors import ConfigError, DataError, ModelError, NtkpipeError
+from ntkpipe.base.errors import ConfigError, DataError, NtkpipeError
 from ntkpipe.base.grid import Grid, default_tile, kernel_grids
 from ntkpipe.base.kinds import MAX_PLANES, Kind, Plane, get_kind, match_groups, num_planes, planes_of
 from ntkpipe.base.paths import said
@@ -267,7 +267,7 @@ def plan_and_check(
     except Exception as error:  # its samples are new to the model
         if is_out_of_memory(error):
             raise
-        raise ModelError(f"the model raised {type(error).__name__} in the self-check: {said(error)}") from error
+        raise prepared.model.failure(error, "in the self-check") from error
     seconds = perf_counter() - started
     if checked.representations != engine.representations:
         plan = planned(checked).fitting()

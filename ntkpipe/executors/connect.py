@@ -70,11 +70,8 @@ def _join(scheduler: str) -> Client:
                 return Client(scheduler, timeout=_CONNECT_SECONDS, set_as_default=False)
         reason, cause = f"a {kind} answers there", None
     except Exception as error:  # noqa: BLE001 - no answer, an unknown protocol, another certificate, bytes of a web server
-        cause, first = error, error
-        while first.__cause__ is not None:  # such as a refused connection, or a name that nobody knows
-            first = first.__cause__
-        no_answer = f"no answer in {_CONNECT_SECONDS} seconds"
-        reason = no_answer if isinstance(first, TimeoutError) else said(first)
+        cause, first = error, _first_cause(error)
+        reason = f"no answer in {_CONNECT_SECONDS} seconds" if isinstance(first, TimeoutError) else said(first)
     raise ClusterError(
         f"cannot join the scheduler at {scheduler}: {reason}. Is it running (`dask scheduler`), reachable from here, "
         "is this its port (8786 by default; 8787 is its dashboard), and, for tls://, do Dask's settings "
@@ -82,14 +79,16 @@ def _join(scheduler: str) -> Client:
     ) from cause
 
 
+def _first_cause(error: BaseException) -> BaseException:
+    """Such as a refused connection, or a name that nobody knows."""
+    return error if error.__cause__ is None else _first_cause(error.__cause__)
+
+
 async def _kind_of(address: str) -> str:
     """What answers there; Dask's client would wait for ever for the first word of what is no scheduler."""
-    async with asyncio.timeout(_CONNECT_SECONDS):
-        async with rpc(
-            address, timeout=_CONNECT_SECONDS - 1, connection_args=Security().get_connection_args("client")
-        ) as there:
-            found = await there.identity()
-            return str(found.get("type"))
+    options = {"timeout": _CONNECT_SECONDS - 1, "connection_args": Security().get_connection_args("client")}
+    async with asyncio.timeout(_CONNECT_SECONDS), rpc(address, **options) as there:
+        return str((await there.identity()).get("type"))
 
 
 def _start(run: RunSpec, num_gpus: int) -> Any:

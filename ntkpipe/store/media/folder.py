@@ -53,7 +53,7 @@ class Folder(Medium):
         return self.root / name
 
     def identity(self) -> str:
-        return str(self.root.resolve())
+        return os.path.realpath(self.root)
 
     def obstacle(self, *, writes: bool = False) -> str:
         return obstacle(self.root, writes=writes)
