@@ -86,7 +86,7 @@ def _first_cause(error: BaseException) -> BaseException:
 
 async def _kind_of(address: str) -> str:
     """What answers there; Dask's client would wait for ever for the first word of what is no scheduler."""
-    options = {"timeout": _CONNECT_SECONDS - 1, "connection_args": Security().get_connection_args("client")}
+    options = {"timeout": 0.9 * _CONNECT_SECONDS, "connection_args": Security().get_connection_args("client")}
     async with asyncio.timeout(_CONNECT_SECONDS), rpc(address, **options) as there:
         return str((await there.identity()).get("type"))
 
