@@ -190,7 +190,9 @@ def test_what_a_model_raises_in_mid_run_is_an_error_of_the_model_and_names_sampl
                 raise IndexError("index out of range in self")
             return super().to_batch(arrays, is_mapping)
 
-    with pytest.raises(ModelError, match=r"IndexError on train samples 4:8: index out of range") as info:
+    with pytest.raises(
+        ModelError, match=r"IndexError on train samples 4:8, of which nothing was written: index out"
+    ) as info:
         run(make_plan_of(12, tile=4), DictSink(), draw(12), engine=Fragile())
     assert isinstance(info.value.__cause__, IndexError)
 
