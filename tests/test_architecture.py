@@ -24,7 +24,7 @@ TORCH_WING = {"jacobian", "build"}
 DOORS = {
     "zarr": {"store.documents"},
     "google_crc32c": {"store.chunks"},
-    "dask": {"store.views.to_dask", "executors.connect"},
+    "dask": {"store.views.to_dask", "executors.connect", "executors.preflight"},
     "xarray": {"store.views.to_xarray"},
     "sklearn": {"learning.regression.sklearn_gp", "learning.regression.estimator"},
     "distributed": {"executors", "operators.on_dask", "app.submission"},

@@ -19,6 +19,8 @@ from ntkpipe.base.tables import TableRows
 from ntkpipe.executors import connect
 from ntkpipe.executors.dask import TOPIC
 from ntkpipe.executors.payload import pack_code, unpack_code
+from ntkpipe.executors.pool import WorkerPool
+from ntkpipe.executors.preflight import ask_all
 from ntkpipe.store.media.opening import medium_at
 from ntkpipe.store.store import Mode, Store
 
@@ -40,7 +42,7 @@ def submit(
     store = where if "://" in where else str(Path(where).absolute())
     code = pack_code(path.resolve().parent, everything=True)
     with connect.connect(scheduler) as client:
-        connect.require_workers(client)
+        ask_all(client, lambda: WorkerPool[None](client).ask(_can_drive))
         key = f"ntkpipe-driver-{uuid4().hex}"
         seen = len(_announced(client, store))
         future: Future[None] = client.submit(
@@ -53,6 +55,10 @@ def submit(
             future.result()
         rows = [("driver", key), ("store", store), ("dashboard", client.dashboard_link)]
         return [*rows, ("follow it", f"ntkpipe info {store} --watch")]
+
+
+def _can_drive() -> None:
+    from ntkpipe.app import workflow  # noqa: F401 - the answer is that it is there
 
 
 def _announced(client: Client, store: str) -> list[Any]:

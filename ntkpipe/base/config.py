@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, Field
 
 from ntkpipe.base.arrays import require_range
 from ntkpipe.base.errors import ConfigError, ResourceError
+from ntkpipe.base.paths import said
 from ntkpipe.base.resources import available_memory, format_bytes, process_memory
 
 ComputeDtype = Literal["float32", "float64", "bfloat16", "tf32"]
@@ -224,9 +225,9 @@ def load_workflow(path: Path, overrides: Sequence[str] = ()) -> Workflow:
     except OSError as error:
         raise ConfigError(f"cannot read the workflow file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"the workflow file {path} is not UTF-8 text: {error}") from error
+        raise ConfigError(f"the workflow file {path} is not UTF-8 text: {said(error)}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(f"{path} is not valid YAML: {said(error)}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}; needed a mapping with store, model and data")
     for override in overrides:
@@ -242,7 +243,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, _Loader)  # a subclass of SafeLoader
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {said(error)}") from error
     target = raw
     for depth, key in enumerate(keys[:-1], 1):
         if target.get(key) is None:

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from ntkpipe.base.errors import ConfigError, nearest
+from ntkpipe.base.paths import said
 
 
 def import_object(name: str, folder: Path | None = None) -> Any:
@@ -38,7 +39,7 @@ def call_factory(factory: str, arguments: dict[str, Any], folder: Path | None = 
         return function(**arguments)
     except Exception as error:
         shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        raise ConfigError(f"the factory {factory}({shown}) raised {type(error).__name__}: {error}") from error
+        raise ConfigError(f"the factory {factory}({shown}) raised {type(error).__name__}: {said(error)}") from error
 
 
 @contextlib.contextmanager

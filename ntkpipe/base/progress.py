@@ -2,7 +2,8 @@
 
 import sys
 import threading
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from math import isfinite, log
 from time import monotonic
 from typing import Any, Self, TextIO, TypeVar
@@ -13,7 +14,20 @@ from rich.console import Console
 Item = TypeVar("Item")
 
 _SECONDS_BETWEEN_LINES = 5.0
+_SILENT_SECONDS = 3.0
 _FEWEST_FOR_FORECAST = 4
+
+
+@contextmanager
+def note_if_slow(words: str) -> Iterator[None]:
+    """Print a line if what is inside takes more than a few seconds."""
+    timer = threading.Timer(_SILENT_SECONDS, print, (words,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _rate(speed: float, unit: str) -> str:

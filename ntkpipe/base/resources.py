@@ -41,11 +41,12 @@ def peak_process_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def free_disk(path: Path) -> int:
-    """Free bytes on the disk of ``path``, which need not exist yet."""
+def free_disk(path: Path) -> int | None:
+    """Free bytes on the disk of ``path``, which need not exist yet; None where its file system does not say."""
     absolute = path.absolute()
     existing = next(one for one in (absolute, *absolute.parents) if one.exists())
-    return psutil.disk_usage(str(existing)).free
+    usage = psutil.disk_usage(str(existing))
+    return usage.free if usage.total else None
 
 
 def num_cores() -> int:

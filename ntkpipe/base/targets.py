@@ -301,7 +301,7 @@ def _classes_of(labels: NDArray[Any], num_outputs: int | None, task: Task) -> ND
     try:
         classes = np.unique(labels)
     except TypeError as error:
-        raise ConfigError(f"labels of several types ({error}); needed all integers, or all text") from None
+        raise ConfigError(f"labels of several types ({said(error)}); needed all integers, or all text") from None
     if task == "binary":
         if len(classes) != 2:
             raise ConfigError(f"task='binary' and {len(classes)} classes; needed labels of two")

@@ -11,6 +11,7 @@ from torch import nn
 from ntkpipe.base.arguments import checked, with_arguments_of
 from ntkpipe.base.config import ComputeDtype, KernelSpec, MemoryLimit, RealDtype, RunSpec, spec_of
 from ntkpipe.base.errors import ConfigError, StoreMismatchError, TileError
+from ntkpipe.base.paths import said
 from ntkpipe.base.progress import Phase
 from ntkpipe.base.tables import as_table
 from ntkpipe.build.from_model import ModelSource
@@ -267,8 +268,8 @@ def repair(
             return _source(kept, arguments)
         except TileError as error:
             raise ConfigError(
-                f"the samples in {kept.root} cannot be used ({error}); give inputs and targets, also of the test set, "
-                "or a workflow file"
+                f"the samples in {kept.root} cannot be used ({said(error)}); give inputs and targets, also of the "
+                "test set, or a workflow file"
             ) from error
 
     with exact_single_thread(kept.manifest.compute_dtype):

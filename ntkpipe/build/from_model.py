@@ -68,6 +68,7 @@ class ModelSource(TileSource):
     def of(cls, request: Request, resources: Resources, look: Callable[[Samples, str], DataRecord]) -> "ModelSource":
         """Prepare what is asked for; ``look`` finds the records of samples."""
         prepared = prepare(request, device=resources.device)
+        resources.require_model(prepared.model)
         spec, test = prepared.spec, prepared.test
         manifest = Manifest(
             format=FORMAT,
@@ -187,6 +188,7 @@ class ModelSource(TileSource):
         """See :meth:`TileSource.settle`."""
         run, existing, planned = self.resources, work.existing, partial(self.plan, work)
         settled = plan_and_check(self.prepared, self.engine(work), planned, is_checked=run.run.self_check)
+        run.require_medium(work.medium)
         found = settled.engine.representations
         if existing is None:
             choices = settled.plan.choices(found, *run.where_computed(settled.engine))

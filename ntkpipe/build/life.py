@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.errors import ConfigError, Interrupted, NonFiniteError, StoreFullError, StoreMismatchError, TileError
 from ntkpipe.base.grid import Span
+from ntkpipe.base.paths import said
 from ntkpipe.base.progress import Phase, show_progress
 from ntkpipe.store import growth
 from ntkpipe.store.chunks import StoredArray
@@ -22,7 +23,7 @@ from ntkpipe.store.layout import Index, layouts, planes
 from ntkpipe.store.manifest import DataRecord, Manifest, differences
 from ntkpipe.store.media.medium import Medium
 from ntkpipe.store.media.opening import medium_at
-from ntkpipe.store.store import Mode, Store, prepare_path
+from ntkpipe.store.store import Mode, Store, is_taken, prepare_path
 
 _KERNELS = ("kernel/train", "kernel/test_train", "kernel/test_diagonal")
 
@@ -177,7 +178,10 @@ class Place:
                 f"grow=True adds samples to the store that is there, mode={mode!r} needs none; use mode='a'"
             )
         medium = medium_at(where)
-        return cls(medium, None if mode == "w" else prepare_path(medium, mode), mode == "w", grow)
+        if mode == "w":
+            is_taken(medium)
+            return cls(medium, None, starts_over=True)
+        return cls(medium, prepare_path(medium, mode), grows=grow)
 
     def work(self, source: TileSource) -> Work:
         """Decide what a source is to write here: a new store, what a store lacks, or more samples."""
@@ -298,7 +302,7 @@ def _write(
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted: {_state(store)}") from error
     except StoreFullError as error:
-        raise StoreFullError(f"{error}. {_state(store)} once there is room") from error
+        raise StoreFullError(f"{said(error)}. {_state(store)} once there is room") from error
 
 
 def _write_data(store: Store, source: TileSource, wanted: frozenset[ChunkKey] | None) -> set[ChunkKey]:
@@ -381,5 +385,5 @@ def _first_difference(store: Store, source: TileSource, split: str) -> str:
                 differs = (stored != given).reshape(len(stored), -1).any(axis=1)
                 found += [array.layout.region(index)[0].start + int(n) for n in np.flatnonzero(differs)[:1]]
     except TileError as error:
-        return f"they differ ({error})"
+        return f"they differ ({said(error)})"
     return f"sample {min(found)} or its target differs" if found else "the bits of their zeros differ"

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ntkpipe.base.config import ComputeDtype, KernelSpec, RunSpec, spec_of
-from ntkpipe.base.errors import ConfigError, DataError, ModelError, NtkpipeError
+from ntkpipe.base.errors import ConfigError, DataError, NtkpipeError
 from ntkpipe.base.grid import Grid, default_tile, kernel_grids
 from ntkpipe.base.kinds import MAX_PLANES, Kind, Plane, get_kind, match_groups, num_planes, planes_of
+from ntkpipe.base.paths import said
 from ntkpipe.base.resources import available_memory, num_cores, process_memory
 from ntkpipe.build.plan import Machine, Plan, Workload
 from ntkpipe.jacobian.engine import Engine
@@ -171,7 +172,7 @@ def _load(model: FunctionalModel, samples: Samples, numbers: Sequence[int]) -> B
         joined = {name: torch.from_numpy(np.concatenate([a[name] for a in arrays])) for name in arrays[0]}
     except (KeyError, ValueError) as error:
         raise DataError(
-            f"samples {', '.join(map(str, numbers))} do not have the same arrays ({error}); pad or crop them"
+            f"samples {', '.join(map(str, numbers))} do not have the same arrays ({said(error)}); pad or crop them"
         ) from error
     return model.to_batch(joined, samples.is_mapping)
 
@@ -280,7 +281,7 @@ def plan_and_check(
     except Exception as error:  # its samples are new to the model
         if is_out_of_memory(error):
             raise
-        raise ModelError(f"the model raised {type(error).__name__} in the self-check: {error}") from error
+        raise prepared.model.failure(error, "in the self-check") from error
     seconds = perf_counter() - started
     if checked.representations != engine.representations:
         plan = planned(checked).fitting()

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
+from ntkpipe.base.errors import NonFiniteError, NtkpipeError
 from ntkpipe.base.grid import Grid, Span
 from ntkpipe.base.kinds import array_of
 from ntkpipe.build.plan import BlockTask, Plan
@@ -377,10 +377,8 @@ class _Builder:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise ModelError(
-                f"the model raised {type(error).__name__} on {split} samples {at.start}:{at.stop}: {error}. Nothing "
-                "was written for them; correct those samples or the model"
-            ) from error
+            where = f"on {split} samples {at.start}:{at.stop}, of which nothing was written"
+            raise self._engine.model.failure(error, where) from error
         block.require_finite(split, range(span.start, span.stop))
         self._flops += len(span) * self._plan.workload.cost.jacobian_flops
         return block

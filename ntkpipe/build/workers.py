@@ -15,17 +15,25 @@ import torch
 
 from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError
+from ntkpipe.base.paths import said
 from ntkpipe.build.plan import SHARE_OF_LIMIT, BlockTask, Machine
 from ntkpipe.build.prepare import Request, exact_single_thread, measure_rates, this_machine
 from ntkpipe.build.records import BuildRecord
 from ntkpipe.executors.threads import Executor, ThreadExecutor
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.device import describe_arithmetic
-from ntkpipe.jacobian.model.functional import DTYPES, resolve_device
+from ntkpipe.jacobian.model.functional import DTYPES, FunctionalModel, resolve_device
+from ntkpipe.store.media.medium import Medium, writing
 from ntkpipe.store.store import Store
 
 if TYPE_CHECKING:
     from distributed import Client
+
+
+_MODEL_HINT = (
+    "Install the same packages there, or have the module sent along: in a workflow, put it into the file's folder; in "
+    "Python, give code='FOLDER'"
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Resources:
     run: RunSpec  # its limits
     client: "Client | None" = None  # of the cluster that computes; none for threads of this process
     cluster: Machine | None = None  # its workers
-    code: str | Path | None = None  # folder that is sent to them
+    code: bytes | None = None  # zip archive of modules that is sent to them
 
     @property
     def device(self) -> str | None:
@@ -58,16 +66,28 @@ class Resources:
         return engine.model.device.type, describe_arithmetic(engine.model.device)
 
     def executor(self, store: Store, num_threads: int) -> Executor[BlockTask, BuildRecord]:
-        """Threads, or what distributes blocks to the workers, once they have shown that they reach the store."""
+        """Threads, or what distributes blocks to the workers."""
         if self.client is None:
             return ThreadExecutor(num_threads)
         from ntkpipe.executors.dask import TOPIC, ClusterExecutor  # keeps distributed out of runs on one machine
-        from ntkpipe.executors.payload import pack_code
 
-        require_shared_store(self.client, store)
         self.client.log_event(TOPIC, {"store": str(store.root), "state": "building"})
-        packed = None if self.code is None else pack_code(Path(self.code))
-        return ClusterExecutor(self.client, name=store.manifest.kind, code=packed)
+        return ClusterExecutor(self.client, name=store.manifest.kind, code=self.code)
+
+    def require_model(self, model: FunctionalModel) -> None:
+        """Check that every worker can load the model, of which it is sent everything but the numbers."""
+        if self.client is None:
+            return
+        from ntkpipe.executors.payload import load_once, pickle_job
+        from ntkpipe.executors.pool import WorkerPool
+
+        pool: WorkerPool[None] = WorkerPool(self.client)
+        pool.require("cannot load the model", _MODEL_HINT, load_once, pickle_job(model, blank=True), self.code)
+
+    def require_medium(self, medium: Medium) -> None:
+        """Check that every worker can write, read and delete where the store is or will be, as this process sees it."""
+        if self.client is not None:
+            require_shared_medium(self.client, medium)
 
 
 def find_resources(request: Request, client: "Client | None", code: str | Path | None, progress: bool) -> Resources:
@@ -80,7 +100,12 @@ def find_resources(request: Request, client: "Client | None", code: str | Path |
         each = f"{found.workers} thread{'s' if found.workers > 1 else ''}"
         where = f"{found.processes} workers of {each} on {found.device} ({found.arithmetic})"
         print(f"cluster: {where}; dashboard {client.dashboard_link}", file=sys.stderr)
-    return Resources(run, client, found, code)
+    packed = None
+    if code is not None:
+        from ntkpipe.executors.payload import pack_code
+
+        packed = pack_code(Path(code))
+    return Resources(run, client, found, packed)
 
 
 @dataclass(frozen=True)
@@ -95,16 +120,11 @@ class WorkerFacts:
 
 def inspect_workers(client: "Client", dtype: torch.dtype, device: str | None = None) -> Machine:
     """Ask every worker what it is, and sum up the reports for the plan."""
-    from ntkpipe.executors.connect import require_workers
     from ntkpipe.executors.pool import WorkerPool, differing
+    from ntkpipe.executors.preflight import ask_all
 
     pool: WorkerPool[None] = WorkerPool(client)
-    for _ in range(2):  # all may have died, for example in a run that took too much memory
-        require_workers(client)
-        if every := list(pool.ask(describe_worker, dtype, device).values()):
-            break
-    else:
-        raise ClusterError("all workers of the cluster died while they were asked what they are; look at their logs")
+    every = list(ask_all(client, lambda: pool.ask(describe_worker, dtype, device)).values())
     for name, ours in versions().items():
         mine = f"{socket.gethostname()} (this process)", ours
         if found := differing([mine, *((each.host, each.found.versions[name]) for each in every)]):
@@ -147,30 +167,31 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def require_shared_store(client: "Client", store: Store) -> None:
-    """Check that every worker can write, read and delete in the store as this process sees it."""
+def require_shared_medium(client: "Client", medium: Medium) -> None:
+    """Check that every worker can write, read and delete where a store is or will be, and leave nothing there."""
     from ntkpipe.executors.pool import WorkerPool
 
     pool: WorkerPool[None] = WorkerPool(client)
-    ours = f"{uuid4().hex}.partial"  # listings skip this name, and the end of a run removes it
-    store.medium.put(ours, ours.encode())
+    place, ours = medium.nearest(), f"{uuid4().hex}.partial"  # listings skip this name, and the end of a run removes it
+    with writing(place):
+        place.put(ours, ours.encode())
     try:
-        pool.require_shared(f"the store {store.root}", _try_store, store, ours)
+        pool.require_shared(f"the store {medium.root}", _try_medium, place, ours)
     finally:
-        store.medium.delete(ours)
+        place.delete(ours)
 
 
-def _try_store(store: Store, theirs: str) -> str:
-    """Why this worker cannot use the store; empty if it can."""
-    mine, step = f"{uuid4().hex}.partial", "write there"
+def _try_medium(medium: Medium, theirs: str) -> str:
+    """Why this worker cannot use the medium; empty if it can."""
+    mine, step = f"{uuid4().hex}.partial", "see what this run's driver wrote there (another disk?)"
     try:
-        store.medium.put(mine, mine.encode())
+        is_same = medium.get(theirs) == theirs.encode()
+        step = "write there"
+        medium.put(mine, mine.encode())
         step = "read what it wrote there"
-        is_same = store.medium.get(mine) == mine.encode()
+        is_same &= medium.get(mine) == mine.encode()
         step = "delete there"
-        store.medium.delete(mine)
-        step = "see what this run's driver wrote there (another disk?)"
-        is_same &= store.medium.get(theirs) == theirs.encode()
+        medium.delete(mine)
     except OSError as error:
-        return f"process {os.getpid()} cannot {step}: {error}"
+        return f"process {os.getpid()} cannot {step}: {said(error)}"
     return "" if is_same else f"process {os.getpid()} reads something else than was written"

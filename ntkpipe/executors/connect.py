@@ -1,19 +1,22 @@
 """Start or join a Dask cluster: this machine's processes, its GPUs, or a scheduler's address."""
 
+import asyncio
 import contextlib
 import importlib.util
 import os
 import socket
-import sys
 from collections.abc import Iterator
-from importlib.metadata import version
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import dask
 from distributed import Client, LocalCluster, Nanny, Scheduler, Security, SpecCluster
+from distributed.core import rpc
 
 from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError, ConfigError
+from ntkpipe.base.paths import said
+from ntkpipe.base.progress import note_if_slow
 from ntkpipe.base.resources import available_memory, num_cores
 
 LOCAL = "local"
@@ -21,7 +24,7 @@ LOCAL = "local"
 _LOOPBACK = "127.0.0.1"
 _DASHBOARD_PORT = 8787
 _SHARE_OF_MEMORY = 0.7
-_CONNECT_SECONDS = 30
+_CONNECT_SECONDS = 20
 # Dask's settings for a local cluster.
 _SETTINGS = {
     # Nannies restart workers that die. With a shorter timeout Dask would close a nanny whose worker happens to die
@@ -31,7 +34,6 @@ _SETTINGS = {
     "distributed.worker.profile.interval": "500 ms",
     "distributed.admin.tick.interval": "500 ms",
 }
-_WAIT_SECONDS = 600  # workers of a batch system may wait in its queue
 
 
 @contextlib.contextmanager
@@ -59,48 +61,34 @@ def _join(scheduler: str) -> Client:
             "or DASK_CONFIG to a folder made by cluster/tls/make_certificates.sh"
         )
     try:
-        return Client(scheduler, timeout=_CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        # Dask's errors for no answer, an unknown protocol, and certificates of another authority.
-        raise ClusterError(
-            f"cannot join the scheduler at {scheduler}: {error}. Is it running (`dask scheduler`), reachable from "
-            "here, and, for tls://, do Dask's settings distributed.comm.tls name this client's certificate?"
-        ) from error
+        with (
+            note_if_slow(f"{scheduler} does not answer yet; waiting up to {_CONNECT_SECONDS} seconds"),
+            ThreadPoolExecutor(1) as apart,  # from an event loop of this thread, as in a notebook
+        ):
+            kind = apart.submit(asyncio.run, _kind_of(scheduler)).result()
+            if kind == "Scheduler":
+                return Client(scheduler, timeout=_CONNECT_SECONDS, set_as_default=False)
+        reason, cause = f"a {kind} answers there", None
+    except Exception as error:  # noqa: BLE001 - no answer, an unknown protocol, another certificate, bytes of a web server
+        cause, first = error, _first_cause(error)
+        reason = f"no answer in {_CONNECT_SECONDS} seconds" if isinstance(first, TimeoutError) else said(first)
+    raise ClusterError(
+        f"cannot join the scheduler at {scheduler}: {reason}. Is it running (`dask scheduler`), reachable from here, "
+        "is this its port (8786 by default; 8787 is its dashboard), and, for tls://, do Dask's settings "
+        "distributed.comm.tls name this client's certificate?"
+    ) from cause
 
 
-def require_workers(client: object) -> None:
-    """Wait until a cluster has a worker, with a note if it has none yet; its scheduler must have this package.
-
-    It unpickles tasks, but does not need torch.
-    """
-    if not isinstance(client, Client) or client.asynchronous:
-        raise ConfigError(f"client={client!r}; needed a distributed.Client with asynchronous=False")
-    address, here = address_of(client), version("ntkpipe")
-    start_one = f"`dask worker {address} --nthreads 1`"
-    try:
-        if not client.nthreads():
-            wait = f"waiting up to {_WAIT_SECONDS // 60} minutes for one"
-            print(f"{address} has no workers yet; {wait} ({start_one} starts one)", file=sys.stderr)
-        client.wait_for_workers(1, timeout=_WAIT_SECONDS)
-    except TimeoutError as error:
-        raise ClusterError(
-            f"no worker joined {address} in {_WAIT_SECONDS // 60} minutes; start some with {start_one}"
-        ) from error
-    try:
-        found = client.run_on_scheduler(version, "ntkpipe")
-    except OSError:  # it is gone
-        raise
-    except Exception as error:  # whatever happens there comes back as it is
-        raise ClusterError(
-            f"the scheduler at {address} cannot import ntkpipe ({error!r}); install ntkpipe[cluster] there"
-        ) from error
-    if found != here:
-        raise ClusterError(f"the scheduler at {address} has ntkpipe {found}, this process {here}; install the same")
+def _first_cause(error: BaseException) -> BaseException:
+    """Such as a refused connection, or a name that nobody knows."""
+    return error if error.__cause__ is None else _first_cause(error.__cause__)
 
 
-def address_of(client: Client) -> str:
-    """Address of the client's scheduler."""
-    return str(client.scheduler_info(n_workers=0)["address"])
+async def _kind_of(address: str) -> str:
+    """What answers there; Dask's client would wait for ever for the first word of what is no scheduler."""
+    options = {"timeout": 0.9 * _CONNECT_SECONDS, "connection_args": Security().get_connection_args("client")}
+    async with asyncio.timeout(_CONNECT_SECONDS), rpc(address, **options) as there:
+        return str((await there.identity()).get("type"))
 
 
 def _start(run: RunSpec, num_gpus: int) -> Any:

@@ -8,8 +8,7 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from itertools import islice
-from math import inf
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Generic
 
 from distributed import Client, KilledWorker, Scheduler
@@ -25,7 +24,6 @@ TOPIC = "ntkpipe"  # of scheduler events that announce a kernel about to be buil
 _KEYS_PER_THREAD = 2  # submitted in advance for each thread of a worker: one runs, one waits there
 _SPARE_KEYS = 8
 _GRACE_SECONDS = 10.0  # workers killed for memory within this time count once: they were doing the same
-_ALONE_SECONDS = 30.0
 _MEMORY_TOPIC = "worker-restart-memory"
 _BACKOFF_SECONDS = 1.0  # delay before an unreachable store is tried again; doubled each time
 _MOST_SHRINKING = 8  # halvings of sizes; smaller ones gain nothing
@@ -69,7 +67,6 @@ class _Run(Generic[Key, Record]):
         self._shrinking = 0
         self._shrunk_at = -_GRACE_SECONDS
         self._num_threads = 0
-        self._alone_since = monotonic()  # infinite once that was said
         self._counted_at = -POLL_SECONDS
 
     def records(self, keys: Iterator[Key]) -> Iterator[Record]:
@@ -115,11 +112,7 @@ class _Run(Generic[Key, Record]):
             with contextlib.suppress(OSError):
                 self._num_threads = sum(self._client.nthreads().values())
             self._counted_at = monotonic()
-            if self._num_threads:
-                self._alone_since = self._counted_at
-            elif self._counted_at - self._alone_since > _ALONE_SECONDS:
-                self._alone_since = inf
-                warnings.warn("the cluster has no workers; waiting for some to join", stacklevel=2)
+            self._pool.seen(bool(self._num_threads))
         return _KEYS_PER_THREAD * self._num_threads + _SPARE_KEYS
 
     def _finish(self, key: Key, found: Any) -> Iterable[Record]:
@@ -128,8 +121,8 @@ class _Run(Generic[Key, Record]):
                 self._fail(key, f"its workers died ({found.last_worker.address} the last)", found)
             case CancelledError() | CommClosedError():
                 self._again += [(0.0, lost) for lost in (key, *self._pool.drop())]
-                while not self._has_workers():
-                    self._pool.wait()
+                while not self._pool.seen(self._has_workers()):
+                    sleep(POLL_SECONDS)
                 self._deliver()
             case PayloadMissingError():
                 self._deliver()

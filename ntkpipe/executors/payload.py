@@ -8,6 +8,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -16,6 +17,7 @@ from distributed import Reschedule, WorkerPlugin, get_worker
 
 from ntkpipe.base.errors import ClusterError, ConfigError, ModelError
 from ntkpipe.base.imports import folder_first, forget_folder
+from ntkpipe.base.paths import said
 from ntkpipe.executors.pool import is_cancelled, is_leaving, without_frames
 from ntkpipe.executors.threads import Job, RunStopped
 
@@ -30,12 +32,12 @@ class Leaving(RunStopped, Reschedule):
     """Raised inside a worker that is about to leave: stop, and let Dask run the key elsewhere."""
 
 
-def pickle_job(job: object) -> bytes:
-    """Pickle a job."""
+def pickle_job(job: object, *, blank: bool = False) -> bytes:
+    """Pickle a job, or a ``blank`` one: without the numbers in its tensors."""
     from ntkpipe.executors import pickling  # keeps torch out of the scheduler, which imports this module
 
     try:
-        return pickling.dumps(job)
+        return pickling.dumps(job, blank=blank)
     except Exception as error:
         raise ModelError(
             f"the model cannot be sent to workers (pickling it raised {error!r}): define its class in a module, in the "
@@ -63,7 +65,7 @@ def pack_code(folder: Path, *, everything: bool = False, most_bytes: int = 64 * 
                 archive.write(path, path.relative_to(folder))
     except OSError as error:
         raise ClusterError(
-            f"cannot send the files of {folder} to workers: {error}; keep other files elsewhere"
+            f"cannot send the files of {folder} to workers: {said(error)}; keep other files elsewhere"
         ) from error
     return buffer.getvalue()
 
@@ -122,18 +124,12 @@ class JobPlugin(WorkerPlugin):
 
     def _unpickle(self) -> Job[Any, Any]:
         try:
-            if self._code is None:
-                return cloudpickle.loads(self._pickled)  # type: ignore[no-any-return]
-            unpack_code(self._code, self._folder)
-            with folder_first(self._folder):
-                job: Job[Any, Any] = cloudpickle.loads(self._pickled)
-            forget_folder(self._folder)  # another run may have modules of the same names
+            return _load(self._pickled, self._code, self._folder)  # type: ignore[no-any-return]
         except Exception as error:
             raise ClusterError(
                 f"a worker cannot load the model: {error!r}. Install the same packages there, or put the module into "
                 "the workflow's folder, which is sent along"
             ) from error
-        return job
 
     @contextlib.contextmanager
     def _in_session(self) -> Iterator[Job[Any, Any]]:
@@ -167,6 +163,27 @@ def unpack_code(code: bytes, folder: Path) -> None:
     with zipfile.ZipFile(io.BytesIO(code)) as archive:
         archive.extractall(temporary)
     temporary.rename(folder)
+
+
+def _load(pickled: bytes, code: bytes | None, folder: Path) -> Any:
+    """Unpickle, with an archive of code unpacked in a folder."""
+    if code is None:
+        return cloudpickle.loads(pickled)
+    unpack_code(code, folder)
+    with folder_first(folder):
+        found = cloudpickle.loads(pickled)
+    forget_folder(folder)  # another run may have modules of the same names
+    return found
+
+
+def load_once(pickled: bytes, code: bytes | None) -> str:
+    """Why a worker cannot import what a blank job needs; empty if it can."""
+    with TemporaryDirectory(prefix="ntkpipe-") as folder:
+        try:
+            _load(pickled, code, Path(folder) / "code")
+        except (ImportError, AttributeError, SyntaxError) as error:  # others may come of blank tensors
+            return repr(error)
+    return ""
 
 
 def run_key(plugin: str, key: bytes, shrinking: int) -> list[Any]:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import queue
 import socket
+import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -22,13 +23,21 @@ from distributed.comm.core import CommClosedError
 from distributed.core import Status
 
 from ntkpipe.base.errors import ClusterError, NtkpipeError, ResourceError
+from ntkpipe.base.paths import said
+from ntkpipe.base.progress import note_if_slow
 from ntkpipe.base.resources import available_memory, process_memory
 
 Task = TypeVar("Task")
 Found = TypeVar("Found")
 
 POLL_SECONDS = 1.0
+_SAY_SECONDS = 4.0  # without workers, after which that is said
+WAIT_SECONDS = 600.0  # without workers, or without a scheduler, that end a run
 _PAUSED_SECONDS = 30.0  # how long to wait for a worker that Dask has paused for lack of memory
+_SHARED_HINT = (
+    "It must be at the same path on a disk that all of them share, or a URL of an object store with credentials in "
+    "every worker's environment"
+)
 # Errors that say that a worker or the scheduler is gone, or that what a task needs was lost with one.
 _LOST = (KilledWorker, CancelledError, CommClosedError)
 
@@ -56,21 +65,29 @@ class WorkerPool(Generic[Task]):
         self._count = count()
         self._paused: dict[str, float] = {}  # since when, by address
         self._pending: dict[Future[Any], tuple[Task, str]] = {}  # with the address of a worker, if it is for one
+        self._alone_since, self._has_said = inf, False
         self._ended: queue.SimpleQueue[tuple[Future[Any], Any] | None] = queue.SimpleQueue()
 
     def ask(
         self, question: Callable[..., Found], *arguments: Any, workers: list[str] | None = None
     ) -> dict[str, Report[Found]]:
         """Call a function in workers, in all if none are given, busy or not; those that die meanwhile are left out."""
-        replies: Mapping[str, Any] = self.client.run(_report, question, arguments, workers=workers, on_error="return")
+        with note_if_slow("workers are asked what they have, and have not answered yet"):
+            replies: Mapping[str, Any] = self.client.run(
+                _report, question, arguments, workers=workers, on_error="return"
+            )
         failed = {address: reply for address, reply in replies.items() if isinstance(reply, BaseException)}
         # Dask reports a worker that no longer answers by an OSError, maybe before the scheduler misses it.
         if any(isinstance(error, OSError) for error in failed.values()):
             sleep(POLL_SECONDS)
             there = self.client.nthreads()
             failed = {address: e for address, e in failed.items() if address in there or not isinstance(e, OSError)}
-        for address, error in failed.items():
-            raise _failure(f"{len(failed)} of {len(replies)} workers fail, the first at {address}", error)
+        if failed:  # the name of a host needs nothing of this package
+            hosts = self.client.run(socket.gethostname, workers=list(failed), on_error="return")
+            names = sorted({host for host in hosts.values() if isinstance(host, str)})
+            where = f" on {', '.join(names)}" if names else ""
+            address, error = next(iter(failed.items()))
+            raise _failure(f"{len(failed)} of {len(replies)} workers{where} fail, the first at {address}", error)
         reports = {address: each for address, each in replies.items() if isinstance(each, Report)}
         here = f"{socket.gethostname()} (this process)", version("ntkpipe")
         if found := differing([here, *((each.host, each.version) for each in reports.values())]):
@@ -81,14 +98,17 @@ class WorkerPool(Generic[Task]):
         self, what: str, question: Callable[..., str], *arguments: Any, workers: list[str] | None = None
     ) -> dict[str, Report[str]]:
         """Ask why workers cannot use stored data; an empty answer says that they can."""
+        return self.require(f"do not reach {what}", _SHARED_HINT, question, *arguments, workers=workers)
+
+    def require(
+        self, what: str, hint: str, question: Callable[..., str], *arguments: Any, workers: list[str] | None = None
+    ) -> dict[str, Report[str]]:
+        """Ask why workers cannot do something; an empty answer says that they can."""
         reports = self.ask(question, *arguments, workers=workers)
         problems = [f"{address} on {each.host}: {each.found}" for address, each in reports.items() if each.found]
         if problems:
-            raise ClusterError(
-                f"{len(problems)} workers do not reach {what}: {'; '.join(problems[:5])}. It must be at the same path "
-                "on a disk that all of them share, or a URL of an object store with credentials in every worker's "
-                "environment"
-            )
+            found = "; ".join(problems[:5]).rstrip(".")
+            raise ClusterError(f"{len(problems)} of {len(reports)} workers {what}: {found}. {hint}")
         return reports
 
     def alive(self, known: Collection[str]) -> list[str]:
@@ -103,15 +123,24 @@ class WorkerPool(Generic[Task]):
         ranks = {address: next(places[info[address]["host"]]) for address in alive}
         return sorted(alive, key=lambda address: ranks[address])
 
-    def wait(self, deadline: float = inf) -> None:
-        """Wait a moment for workers or a lost scheduler, unless none will come any more."""
-        if self.client.status not in {"connecting", "running"} or monotonic() > deadline:
+    def seen(self, is_there: bool) -> bool:
+        """Note whether there are workers: says so if there are none for a while, and ends where none will come."""
+        now = monotonic()
+        if is_there:
+            self._alone_since, self._has_said = inf, False
+            return True
+        self._alone_since = min(self._alone_since, now)
+        if self.client.status not in {"connecting", "running"} or now - self._alone_since > WAIT_SECONDS:
             raise ClusterError(
                 "the cluster is lost: its scheduler is gone and did not come back in time, or no worker runs tasks. "
                 "Every finished tile is stored; once it is there again, the same call or command goes on from there, "
                 "and a solver from its checkpoint if there is one"
             )
-        sleep(POLL_SECONDS)
+        if not self._has_said and now - self._alone_since > _SAY_SECONDS:
+            self._has_said = True
+            minutes = f"{WAIT_SECONDS / 60:.0f} minutes"
+            print(f"the cluster has no workers; waiting up to {minutes} for some to join", file=sys.stderr, flush=True)
+        return False
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -148,8 +177,9 @@ class WorkerPool(Generic[Task]):
             # The client keeps the error, and with it every frame that it went through and all their data.
             self._cancel([future])
             if not isinstance(found, self._returned):
-                is_clear = isinstance(found, NtkpipeError) or not address
-                raise found if is_clear else _failure(f"the worker {address} fails", found)
+                is_clear = isinstance(found, NtkpipeError) or not (address or _lacks_module(found))
+                who = f"the worker {address}" if address else "a worker"
+                raise found if is_clear else _failure(f"{who} fails", found)
         return task, found
 
     def wake(self) -> None:
@@ -191,12 +221,18 @@ async def _fetch(future: "Future[Any]", ended: "queue.SimpleQueue[tuple[Future[A
 def _failure(start: str, error: BaseException) -> NtkpipeError:
     """An error of a worker as one that says what to do there."""
     if isinstance(error, MemoryError):
-        return ResourceError(f"{start}: it has no memory left ({error}); give it more")
-    missing = isinstance(error, ModuleNotFoundError | AttributeError)
-    hint = ". Install ntkpipe[compute,cluster] there, in the version that is used here" if missing else ""
-    failure = ClusterError(f"{start}: {error!r}{hint}")
+        return ResourceError(f"{start}: it has no memory left ({said(error)}); give it more")
+    hint = ". Install ntkpipe[compute,cluster] there, in the version that is used here" if _lacks_module(error) else ""
+    # Dask gives an error that the client could not unpickle, or had no class for, as text.
+    failure = ClusterError(f"{start}: {error if type(error) is Exception else repr(error)}{hint}")
     failure.__cause__ = error
     return failure
+
+
+def _lacks_module(error: BaseException) -> bool:
+    return isinstance(error, ModuleNotFoundError | AttributeError) or (
+        type(error) is Exception and str(error).startswith(("ModuleNotFoundError", "AttributeError"))
+    )
 
 
 def differing(values: Iterable[tuple[str, str]]) -> str:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from ntkpipe.base.errors import ModelError
 from ntkpipe.base.grid import Span
+from ntkpipe.base.paths import said
 from ntkpipe.jacobian.model.device import Alone, is_out_of_memory
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.model.samples import Source
@@ -199,7 +200,9 @@ class JacobianProducts:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise NoProductError(f"the model has neither forward-mode nor second derivatives ({error})") from error
+            raise NoProductError(
+                f"the model has neither forward-mode nor second derivatives ({said(error)})"
+            ) from error
         return derivatives
 
     def spans(self, num_samples: int) -> list[Span]:

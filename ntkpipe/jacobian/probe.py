@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
+from ntkpipe.base.paths import said
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import take
 from ntkpipe.jacobian.mixing import (
@@ -140,7 +141,7 @@ def _gradients(model: FunctionalModel, outputs: Sequence[Tensor]) -> tuple[set[s
     except (NtkpipeError, MemoryError):
         raise
     except Exception as error:  # a backward of its own may raise anything
-        raise ModelError(f"autograd cannot differentiate this model: {error}") from error
+        raise ModelError(f"autograd cannot differentiate this model: {said(error)}") from error
     among = {name: value - rest[name] if name in rest else value for name, value in whole.items()}
     return whole.keys() | alone.keys(), distance(among, alone, whole)
 

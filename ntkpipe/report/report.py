@@ -11,6 +11,7 @@ from ntkpipe.base.arguments import checked
 from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Work
+from ntkpipe.base.paths import local_path, obstacle, said
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows, as_table
 from ntkpipe.base.targets import Task
@@ -65,7 +66,7 @@ def require_libraries() -> None:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ConfigError(f"a report needs matplotlib and jinja2 ({error}); install ntkpipe[report]") from error
+        raise ConfigError(f"a report needs matplotlib and jinja2 ({said(error)}); install ntkpipe[report]") from error
 
 
 @checked
@@ -131,7 +132,7 @@ def write_report(
     require_libraries()
     begin = perf_counter()
     opened = store if isinstance(store, KernelStore) else open_kernel(store)
-    target = _default_path(opened) if path is None else Path(path)
+    target = _default_path(opened) if path is None else local_path(path)
     _check_target(target)
     for ridge in ridges or ():
         check_number("ridge", ridge, low=0.0)
@@ -165,10 +166,10 @@ def _default_path(store: KernelStore) -> Path:
 
 
 def _check_target(path: Path) -> None:
+    if why := obstacle(path, writes=True, kind="file"):
+        raise ConfigError(f"no report can be written to {path}: {why}; choose another path, such as report.html")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.absolute().parent}; make it, or choose another path")
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; needed the path of a file, such as report.html")
     if path.exists():
         with path.open("rb") as file:
             if _GENERATOR not in file.read(_HEAD_BYTES):

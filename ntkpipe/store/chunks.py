@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.errors import StoreError, TileError
+from ntkpipe.base.paths import said
 from ntkpipe.store.documents import DOCUMENT, array_difference, array_document
 from ntkpipe.store.layout import CHECKSUM_BYTES, ArrayLayout, Index
 from ntkpipe.store.media.medium import PIECE_BYTES, Medium, OversizeError, writing
@@ -90,7 +91,7 @@ class StoredArray:
         except FileNotFoundError:
             raise StoreError(f"{where} is missing; run again: it is written, and every chunk is kept") from None
         except OSError as error:
-            raise StoreError(f"{where} is damaged ({error}); {remedy}") from error
+            raise StoreError(f"{where} is damaged ({said(error)}); {remedy}") from error
         if difference is not None:
             raise StoreError(f"{where} was altered: {difference}; {remedy}")
         self._is_checked = True
@@ -127,7 +128,7 @@ class StoredArray:
         except OversizeError as error:
             count = error.size
         except OSError as error:
-            raise TileError(f"{self.describe(index)} cannot be read: {error}") from error
+            raise TileError(f"{self.describe(index)} cannot be read: {said(error)}") from error
         if count != layout.chunk_bytes:
             remedy = ": truncated. Run" if count < layout.chunk_bytes else f". Delete {self.path(index)} and run"
             found = f"{self.describe(index)} has {count} bytes; needed {layout.chunk_bytes}"

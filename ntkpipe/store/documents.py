@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from ntkpipe.base.errors import StoreError
+from ntkpipe.base.paths import said
 from ntkpipe.store.layout import ArrayLayout
 
 DOCUMENT = "zarr.json"
@@ -24,7 +25,7 @@ def parse(data: bytes, where: str, *, allow_nan: bool = False) -> Any:
     except RecursionError:
         raise StoreError(f"{where} is damaged: nested too deeply") from None
     except ValueError as error:
-        raise StoreError(f"{where} is damaged or not JSON: {error}") from error
+        raise StoreError(f"{where} is damaged or not JSON: {said(error)}") from error
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.arguments import checked
 from ntkpipe.base.errors import ConfigError, StoreExistsError, nearest
+from ntkpipe.base.paths import local_path
 from ntkpipe.base.progress import Ticks
 from ntkpipe.store.chunks import StoredArray, require_complete
 from ntkpipe.store.kernel import Kernel
@@ -66,7 +67,7 @@ def export_kernel(
     """
     opened = open_kernel(store)
     source = find_array(opened.store, array)
-    target = Path(os.path.expanduser(path))
+    target = local_path(path)
     if target.suffix not in _WRITERS:
         raise ConfigError(f"{target} ends in {target.suffix!r}; needed {' or '.join(map(repr, _WRITERS))}")
     if target.exists() or target.is_symlink():

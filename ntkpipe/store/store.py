@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ntkpipe.base.errors import StoreError, StoreExistsError, StoreNotFoundError
+from ntkpipe.base.paths import said
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.store.chunks import StoredArray
 from ntkpipe.store.documents import DOCUMENT, group_attributes, group_document
@@ -38,10 +39,16 @@ class Store:
     def open(cls, where: str | Path | Medium) -> "Store":
         """Open a store, reading its manifest only."""
         medium = medium_at(where)
-        attributes = read_group(medium)
+        try:
+            attributes = read_group(medium)
+        except StoreError as error:
+            if why := medium.obstacle():
+                raise StoreError(f"{medium.root} is no kernel store: {why}") from error
+            raise
         if attributes is None:
             what = "does not exist or is empty" if medium.is_vacant() else "holds no Zarr group"
-            raise StoreNotFoundError(f"{medium.root} {what}; needed the path of a kernel store")
+            found = f"is no kernel store: {why}" if (why := medium.obstacle()) else what
+            raise StoreNotFoundError(f"{medium.root} {found}; needed the path of a kernel store")
         return cls(medium, from_attribute(attributes.get(ATTRIBUTE), str(medium.root)))
 
     @classmethod
@@ -89,7 +96,7 @@ class Store:
                     f"another run is writing to {self.root}, so {otherwise} now; wait for its end, or stop it"
                 ) from None
             except OSError as error:
-                raise StoreError(f"{self.root} cannot be locked, so {otherwise}: {error}") from error
+                raise StoreError(f"{self.root} cannot be locked, so {otherwise}: {said(error)}") from error
             self._require_current()
             yield
 
@@ -163,7 +170,7 @@ def read_group(medium: Medium, name: str = "", *, allow_nan: bool = False) -> di
     except StoreError:
         raise
     except OSError as error:
-        raise StoreError(f"cannot read {where}: {error}") from error
+        raise StoreError(f"cannot read {where}: {said(error)}") from error
     return group_attributes(data, where, allow_nan=allow_nan)
 
 
@@ -193,20 +200,29 @@ def _readable_group(attributes: dict[str, Any], name: str) -> bytes:
     return data
 
 
-def prepare_path(where: str | Path | Medium, mode: Mode) -> Store | None:
-    """Apply ``mode`` to the path: return the store to resume, or None where one may be created."""
-    medium = medium_at(where)
+def is_taken(medium: Medium) -> bool:
+    """Whether there is a group at the root; raises StoreError where a store can neither be nor be made."""
     try:
-        is_store = medium.size(DOCUMENT) is not None
-        is_vacant = not is_store and medium.is_vacant()
+        if medium.size(DOCUMENT) is not None:
+            return True
+        is_vacant = medium.is_vacant()
     except StoreError:
         raise
     except OSError as error:
-        raise StoreError(f"cannot read {medium.root}: {error}") from error
-    if is_vacant:
-        return None
-    if not is_store:
+        raise StoreError(f"cannot read {medium.root}: {medium.obstacle() or said(error)}") from error
+    if why := medium.obstacle(writes=True):
+        kind = StoreError if is_vacant else StoreExistsError
+        raise kind(f"{medium.root} can hold no kernel store: {why}; choose another path")
+    if not is_vacant:
         raise StoreExistsError(f"{medium.root} exists and is not a kernel store; choose another path")
+    return False
+
+
+def prepare_path(where: str | Path | Medium, mode: Mode) -> Store | None:
+    """Apply ``mode`` to the path: return the store to resume, or None where one may be created."""
+    medium = medium_at(where)
+    if not is_taken(medium):
+        return None
     if mode == "w-":
         raise StoreExistsError(
             f"{medium.root} exists and mode='w-' only creates; use mode='a' to resume or 'w' to start over"

@@ -8,6 +8,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from ntkpipe.base.errors import ClusterError, StoreNotFoundError
+from ntkpipe.base.paths import said
 from ntkpipe.base.progress import Ticks
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 
@@ -23,7 +24,7 @@ def watch(where: str | Path, *, pause: Callable[[float], None] = sleep) -> Kerne
             break
         except StoreNotFoundError as error:
             if attempt == 0:
-                print(f"{error}; waiting until there is one", file=sys.stderr)
+                print(f"{said(error)}; waiting until there is one", file=sys.stderr)
             pause(_POLL_SECONDS)
     progress, driver = store.progress, _Driver(store)
     seen, total = progress.tiles_done, progress.tiles_total

@@ -18,6 +18,7 @@ from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError, ConfigError, StoreExistsError, StoreMismatchError
 from ntkpipe.executors import connect as cluster
 from ntkpipe.executors.payload import pack_code
+from ntkpipe.executors.preflight import address_of
 from ntkpipe.store import watch as watching
 from ntkpipe.store.watch import watch
 
@@ -56,7 +57,7 @@ def client() -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def scheduler(client: Client) -> str:
-    return cluster.address_of(client)
+    return address_of(client)
 
 
 def write_study(folder: Path) -> Path:

@@ -188,12 +188,15 @@ def test_outputs_that_overflow_the_store_are_named_and_not_kept():
 
 def test_what_a_model_raises_in_mid_run_is_an_error_of_the_model_and_names_samples():
     class Fragile(LinearEngine):
+        def failure(self, error, where):
+            return ModelError(f"the model raised {type(error).__name__} {where}: {error}")
+
         def to_batch(self, arrays, is_mapping):
             if 7.0 in arrays["input"][:, 0]:
                 raise IndexError("index out of range in self")
             return super().to_batch(arrays, is_mapping)
 
-    with pytest.raises(ModelError, match=r"IndexError on train samples 4:8: index out of range") as info:
+    with pytest.raises(ModelError, match=r"IndexError on train samples 4:8, of which .*: index out") as info:
         run(make_plan_of(12, tile=4), DictSink(), draw(12), engine=Fragile())
     assert isinstance(info.value.__cause__, IndexError)
 

@@ -14,11 +14,10 @@ from ntkpipe import plan_kernel
 from ntkpipe.base.errors import ClusterError
 from ntkpipe.build import workers
 from ntkpipe.build.plan import SHARE_OF_LIMIT
-from ntkpipe.build.workers import WorkerFacts, inspect_workers, require_shared_store
-from ntkpipe.executors import connect
+from ntkpipe.build.workers import WorkerFacts, inspect_workers, require_shared_medium
+from ntkpipe.executors import preflight
 from ntkpipe.executors.pool import Report
 from ntkpipe.store.media.folder import Folder
-from ntkpipe.store.store import Store
 
 GIB = 2**30
 FACTS = WorkerFacts(workers.versions(), device="cpu", arithmetic="AVX2, torch 2.13", flops_per_second=60e9)
@@ -38,6 +37,7 @@ class Answers:
 
     def __init__(self, *reports: object) -> None:
         self.reports = {f"tcp://worker-{number}:1": report for number, report in enumerate(reports)}
+        self.asked = self.reports or {"tcp://worker-0:1": None}
 
     def run(self, question: object, *arguments: object, workers: object, on_error: str) -> dict[str, object]:
         return self.reports
@@ -46,8 +46,9 @@ class Answers:
 @pytest.fixture(autouse=True)
 def ready(monkeypatch):
     """Prepared answers come from no cluster."""
-    require = connect.require_workers
-    monkeypatch.setattr(connect, "require_workers", lambda c: None if isinstance(c, Answers) else require(c))
+    require = preflight.require_workers
+    monkeypatch.setattr(preflight, "_RESTART_SECONDS", 0)
+    monkeypatch.setattr(preflight, "require_workers", lambda c: set(c.asked) if isinstance(c, Answers) else require(c))
 
 
 def inspect(*reports: object):
@@ -80,7 +81,7 @@ def test_what_differs_is_said_with_the_names_of_hosts():
 @pytest.mark.parametrize(
     ("reports", "words"),
     [
-        ([], "all workers of the cluster died"),
+        ([], r"1 of 1 workers died while .* tcp://worker-0:1 among them"),
         ([other("two", facts={"device": "cuda:0"}, threads=2)], "several threads; a GPU has one worker"),
         ([USUAL, other("two", facts={"device": "cuda:0"})], "different devices: cpu on one; cuda:0 on two"),
         ([other("two", version="0.0.1")], r"versions of ntkpipe differ: .*0\.0\.1 on two"),
@@ -119,15 +120,15 @@ def test_a_plan_for_a_cluster_is_made_for_its_workers(client, tmp_path):
 def test_every_worker_writes_reads_and_deletes_in_the_store(client, tmp_path, monkeypatch):
     store = compute(tmp_path / "run.zarr").store
     before = sorted(tmp_path.rglob("*"))
-    require_shared_store(client, store)
+    require_shared_medium(client, store.medium)
     assert sorted(tmp_path.rglob("*")) == before
 
     elsewhere = compute(tmp_path / "elsewhere.zarr").store
-    monkeypatch.setattr(Store, "__reduce__", lambda self: (Store, (elsewhere.medium, self.manifest)))
+    monkeypatch.setattr(Folder, "__reduce__", lambda self: (Folder, (Path(elsewhere.root),)))
     with pytest.raises(
         ClusterError, match=r"2 workers do not reach the store .*cannot see what this run's driver wrote"
     ):
-        require_shared_store(client, store)
+        require_shared_medium(client, store.medium)
     monkeypatch.undo()
 
     def refuse(self: Folder, name: str, *parts: bytes) -> None:
@@ -141,5 +142,5 @@ def test_every_worker_writes_reads_and_deletes_in_the_store(client, tmp_path, mo
 
     monkeypatch.setattr(Folder, "put", only_the_driver)
     with pytest.raises(ClusterError, match=r"process .* cannot write there: .*Permission denied.* same path on a disk"):
-        require_shared_store(client, store)
+        require_shared_medium(client, store.medium)
     assert not list(Path(store.root).glob("*.partial"))

@@ -14,6 +14,7 @@ from distributed import Client
 from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError, ConfigError
 from ntkpipe.executors import connect as cluster
+from ntkpipe.executors import preflight
 from ntkpipe.executors.connect import connect
 
 
@@ -36,7 +37,7 @@ def test_a_local_cluster_has_single_threaded_processes_that_only_this_machine_re
         for port in ports if not outside.startswith("127.") else ():
             with socket.socket() as probe:
                 assert probe.connect_ex((outside, port)) != 0
-        scheduler = cluster.address_of(client)
+        scheduler = preflight.address_of(client)
     with pytest.raises(OSError, match=r"Timed out|timed out|refused"):
         Client(scheduler, timeout=0.5)
 
@@ -85,32 +86,32 @@ def test_addresses_that_are_of_no_use(scheduler, error, words, monkeypatch):
 
 def test_clients_that_cannot_be_used():
     with pytest.raises(ConfigError, match=r"needed a distributed\.Client"):
-        cluster.require_workers("tcp://127.0.0.1:8786")
+        preflight.require_workers("tcp://127.0.0.1:8786")
 
     async def asynchronous() -> None:
         async with Client(processes=False, n_workers=1, dashboard_address="127.0.0.1:0", asynchronous=True) as client:
             with pytest.raises(ConfigError, match="asynchronous=False"):
-                cluster.require_workers(client)
+                preflight.require_workers(client)
 
     asyncio.run(asynchronous())
 
 
 def test_a_cluster_without_workers_and_a_scheduler_of_another_version(monkeypatch, capsys):
     with Client(processes=False, n_workers=0, dashboard_address="127.0.0.1:0", set_as_default=False) as client:
-        monkeypatch.setattr(cluster, "_WAIT_SECONDS", 0.1)
+        monkeypatch.setattr(preflight, "_WAIT_SECONDS", 0.1)
         with pytest.raises(ClusterError, match=r"no worker joined .*`dask worker .* --nthreads 1`"):
-            cluster.require_workers(client)
+            preflight.require_workers(client)
         assert "has no workers yet; waiting" in capsys.readouterr().err
         monkeypatch.undo()
         client.cluster.scale(1)
-        cluster.require_workers(client)
+        preflight.require_workers(client)
         monkeypatch.setattr(client, "run_on_scheduler", lambda *_: "0.0.1")
         with pytest.raises(ClusterError, match=r"has ntkpipe 0\.0\.1, this process"):
-            cluster.require_workers(client)
+            preflight.require_workers(client)
 
         def missing(*_: object) -> None:
             raise ModuleNotFoundError("No module named 'ntkpipe'")
 
         monkeypatch.setattr(client, "run_on_scheduler", missing)
         with pytest.raises(ClusterError, match="cannot import ntkpipe"):
-            cluster.require_workers(client)
+            preflight.require_workers(client)

@@ -97,7 +97,7 @@ def test_the_error_of_a_task_for_one_worker_names_it(client, error, kind, words)
     with pytest.raises(kind, match=words):
         list(pool)
     pool.submit("fails", None, fail, error)
-    with pytest.raises(type(error)):
+    with pytest.raises(ClusterError if isinstance(error, ModuleNotFoundError) else type(error)):
         list(pool)
     tolerant: WorkerPool[str] = WorkerPool(client, (type(error),))
     tolerant.submit("fails", "it", fail, error)
@@ -107,7 +107,7 @@ def test_the_error_of_a_task_for_one_worker_names_it(client, error, kind, words)
 
 
 def test_a_question_that_fails_says_where_and_how_often(client):
-    with pytest.raises(ClusterError, match=r"2 of 2 workers fail, the first at inproc.*TileError\('gone'\)"):
+    with pytest.raises(ClusterError, match=r"2 of 2 workers on \S+ fail, the first at inproc.*TileError\('gone'\)"):
         WorkerPool(client).ask(fail, TileError("gone"))
     with pytest.raises(
         ClusterError, match=r"2 workers do not reach the store: inproc\S* on \S+: no; inproc.* same path"
@@ -144,7 +144,7 @@ def test_tasks_of_a_client_that_is_closed_are_lost_and_nobody_waits_for_it(clien
     assert task == "one"
     assert isinstance(found, BaseException)
     with pytest.raises(ClusterError, match="the cluster is lost"):
-        pool.wait()
+        pool.seen(False)
     wait_for(tmp_path / "left")
 
 

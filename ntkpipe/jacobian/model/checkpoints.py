@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkpipe.base.errors import ModelError
+from ntkpipe.base.paths import said
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
@@ -21,7 +22,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, safetensors its own
-        raise ModelError(f"cannot read the checkpoint {path}: {error}") from error
+        raise ModelError(f"cannot read the checkpoint {path}: {said(error)}") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         keys = ", ".join(map(str, list(state)[:5])) if isinstance(state, Mapping) else type(state).__name__
         raise ModelError(f"checkpoint {path} holds {keys}; needed a state dict, parameter name → tensor")

@@ -13,9 +13,11 @@ from torch.utils._pytree import tree_map
 
 from ntkpipe.base.config import ComputeDtype
 from ntkpipe.base.errors import ConfigError, ModelError, NonFiniteError, NtkpipeError
+from ntkpipe.base.paths import said
+from ntkpipe.jacobian.model.picking import Batch as Batch
+from ntkpipe.jacobian.model.picking import PathPicker, called, described, hint_of, how_to_pick, reshaped
 from ntkpipe.jacobian.model.state import converted, deepcopy, require_parameters, require_values
 
-Batch = Tensor | dict[str, Tensor]
 Forward = str | Callable[..., Any] | None
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes of a weight
@@ -57,15 +59,12 @@ def _as_picker(forward: Forward) -> Callable[[nn.Module, Batch], Any]:
             "function of (model, inputs)"
         )
 
+    if isinstance(forward, str):
+        return PathPicker(forward)
+
     def pick(model: nn.Module, batch: Batch) -> Any:
-        value = model(**batch) if isinstance(batch, dict) else model(batch)
-        if not isinstance(forward, str):
-            return value if forward is None else forward(value)
-        for name in forward.lstrip(".").split("."):
-            if not hasattr(value, name):
-                raise ModelError(f"forward={forward!r}: the model returned {type(value).__name__}, without {name!r}")
-            value = getattr(value, name)
-        return value
+        value = called(model, batch)
+        return value if forward is None else forward(value)
 
     return pick
 
@@ -110,10 +109,14 @@ class FunctionalModel:
         except Exception as error:
             tensors = batch if isinstance(batch, dict) else {"input": batch}
             shown = ", ".join(f"{name}: {tuple(v.shape)} {v.dtype}" for name, v in tensors.items())
-            raise ModelError(
-                f"the model raised {type(error).__name__} on a batch of {len(next(iter(tensors.values())))} ({shown}): "
-                f"{error}. Real inputs take the compute dtype, integers and booleans are passed on as they are"
-            ) from error
+            size = len(next(iter(tensors.values())))
+            raise self.failure(error, f"on a batch of {size} ({shown})", batch) from error
+
+    def failure(self, error: Exception, where: str, batch: Batch | None = None) -> ModelError:
+        """What the model raised, as an error that says where and what to do."""
+        model = getattr(self.module, "model", self.module)
+        hint = hint_of(error, model, batch, self.arithmetic)
+        return ModelError(f"the model raised {type(error).__name__} {where}: {said(error)}{hint}")
 
     def call_with(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Outputs of a batch with some parameters replaced, through ``torch.func.functional_call``."""
@@ -140,20 +143,21 @@ class FunctionalModel:
 
     def check_outputs(self, outputs: object, batch: Batch) -> Tensor:
         """Return ``outputs`` if they are one floating-point (batch, O) tensor."""
-        first = next(iter(batch.values())) if isinstance(batch, dict) else batch
+        size = len(next(iter(batch.values())) if isinstance(batch, dict) else batch)
         if not isinstance(outputs, Tensor):
             raise ModelError(
-                f"the model returned {type(outputs).__name__}; needed one (batch, outputs) tensor. Pick it with "
-                "forward='.logits', a function of the model's output, or a function of (model, inputs)"
+                f"the model returned {described(outputs)}; needed one (batch, outputs) tensor. "
+                + how_to_pick(outputs, size)
             )
-        if outputs.ndim != 2 or outputs.shape[0] != first.shape[0] or outputs.shape[1] == 0:
+        if outputs.ndim != 2 or outputs.shape[0] != size or outputs.shape[1] == 0:
             raise ModelError(
-                f"the model returned shape {tuple(outputs.shape)} for a batch of {first.shape[0]}; needed (batch, "
-                "outputs) with at least one output. Reshape it with the forward hook, as in "
-                "forward=lambda output: output[:, None] for one output or output.flatten(1) for many"
+                f"the model returned shape {tuple(outputs.shape)} for a batch of {size}; needed (batch, outputs) with "
+                f"at least one output{reshaped(tuple(outputs.shape), size)}"
             )
         if not outputs.is_floating_point():
-            raise ModelError(f"the model returned dtype {outputs.dtype}; needed real floating-point outputs")
+            real = "give forward=lambda output: torch.view_as_real(output).flatten(1)"
+            advice = real if outputs.is_complex() else "return them as they are before argmax, rounding or a cast"
+            raise ModelError(f"the model returned dtype {outputs.dtype}; needed real floating-point outputs: {advice}")
         return outputs
 
     def to_batch(self, arrays: Mapping[str, Tensor], is_mapping: bool) -> Batch:
@@ -328,7 +332,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"device={device!r} is not a torch device: {error}") from error
+        raise ConfigError(f"device={device!r} is not a torch device: {said(error)}") from error
     if found.type not in {"cpu", "cuda"}:
         raise ConfigError(f"device={device!r}; needed 'cpu' or 'cuda'")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ntkpipe.base.errors import DataError, NonFiniteError
+from ntkpipe.base.paths import said
 from ntkpipe.base.targets import as_values
 from ntkpipe.store.manifest import ArrayRecord, DataRecord
 from ntkpipe.store.store import Store
@@ -335,7 +336,7 @@ def _to_array(value: object, label: str) -> NDArray[Any]:
             found = np.array(array.tolist())
             array = found if found.dtype.kind in "fiub" else array
     except Exception as error:  # sparse tensors and ragged lists, and what other libraries raise
-        raise DataError(f"{label} ({type(value).__name__}) cannot be made an array: {error}; {_HOW}") from error
+        raise DataError(f"{label} ({type(value).__name__}) cannot be made an array: {said(error)}; {_HOW}") from error
     if array.dtype.kind not in "fiub":
         raise DataError(_why_not_numbers(array, value, label))
     if 0 in array.shape[1:]:

@@ -1,11 +1,12 @@
 """A stored matrix as an operator on the workers of a Dask cluster: each owns shards and runs one task in each pass."""
 
 import contextlib
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from time import monotonic, perf_counter
+from time import monotonic, perf_counter, sleep
 from typing import Any
 from uuid import uuid4
 
@@ -16,9 +17,10 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ClusterError, ConfigError, ResourceError
 from ntkpipe.base.operator import Operator, Work, digest_of
+from ntkpipe.base.paths import said
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.executors.connect import require_workers
 from ntkpipe.executors.pool import POLL_SECONDS, Report, WorkerPool
+from ntkpipe.executors.preflight import ask_all
 from ntkpipe.operators.on_dask.shard_worker import PassReply, PassRequest, ShardWorker, compare_first_tile, run_pass
 from ntkpipe.operators.streaming import (
     EntryRequest,
@@ -35,7 +37,6 @@ from ntkpipe.operators.tiles import MatrixTiles, buffer_bytes
 _SHARE_OF_LIMIT = 0.6
 _SHARE_OF_FREE = 0.5
 _SHARE_OF_TILES = 0.75  # cached tiles' share of what is left beside tiles in use; the rest is for blocks and products
-_WAIT_SECONDS = 600.0  # how long to wait for a scheduler, or for any worker that runs tasks
 _MOST_OF_LIMIT = 0.9  # share of what Dask gives a worker; a block that needs more is refused
 _SMALL_BLOCK = 2**18  # a block of up to so many bytes goes with each task; a larger one is sent to the workers once
 _MOST_LOSSES = 5  # in a pass while no other part arrives
@@ -69,7 +70,6 @@ class WorkerGroup:
         for name, value, low in given:
             if value is not None:
                 check_number(name, value, low=low)
-        require_workers(client)
         self.client = client
         self._pool: WorkerPool[None] = WorkerPool(client)
         self.source = source
@@ -79,37 +79,50 @@ class WorkerGroup:
         self._digest = digest_of(source.read((0, 0), None))
         self._owners: dict[int | None, dict[int, str]] = {}  # address by shard, by rows of the leading block
         self._looked_at = -POLL_SECONDS
-        self.gather(len(cut_shards(source.grid, source.grid.shape[0])))
+        self._refused: set[str] = set()  # addresses of workers that cannot read the tiles
+        reports = ask_all(client, self._ask)
+        most = len(cut_shards(source.grid, source.grid.shape[0]))
+        alive = [address for address in self._pool.alive(()) if address in reports]
+        self._admit({address: reports[address] for address in alive[:most]})
+        self.gather(most)
 
     def gather(self, most: int, *, anew: bool = False) -> None:
         """Admit workers that have joined, up to ``most``, and forget those that are gone; wait until there is one."""
         # The scheduler is asked at most once a second, except ``anew``.
         if self.members and not anew and monotonic() - self._looked_at < POLL_SECONDS:
             return
-        deadline = monotonic() + _WAIT_SECONDS
         while True:
             with contextlib.suppress(OSError):  # the scheduler may come back
                 alive = self._pool.alive(self.members)
                 for address in self.members.keys() - alive:
                     self.forget(self.members[address])
-                new = [address for address in alive if address not in self.members]
-                self._admit(new[: max(0, most - len(self.members))])
+                new = [address for address in alive if address not in self.members and address not in self._refused]
+                self._admit_late(new[: max(0, most - len(self.members))])
                 self._looked_at = monotonic()
-                if self.members:
-                    return
-                require_workers(self.client)
-            self._pool.wait(deadline)
+            if self._pool.seen(bool(self.members)):
+                return
+            sleep(POLL_SECONDS)
 
-    def _admit(self, addresses: list[str]) -> None:
-        """Admit workers that reach the tiles; one that dies meanwhile is left out."""
-        if not addresses:
-            return
-        question = compare_first_tile, self.source, self._digest
+    def _ask(self, addresses: list[str] | None = None) -> dict[str, Report[str]]:
         try:
-            reports = self._pool.require_shared("the matrix", *question, workers=addresses)
+            question = compare_first_tile, self.source, self._digest
+            return self._pool.require_shared("the matrix", *question, workers=addresses)
         except TypeError as error:  # of pickling
-            raise ConfigError(f"tiles cannot be sent to workers: {error}") from error
-        hosts = Counter(each.host for each in reports.values())
+            raise ConfigError(f"tiles cannot be sent to workers: {said(error)}") from error
+
+    def _admit_late(self, addresses: list[str]) -> None:
+        """Admit workers that have joined; one that dies meanwhile, or that is of no use beside others, is left out."""
+        for address in addresses:
+            try:
+                self._admit(self._ask([address]))
+            except ClusterError as error:
+                if not self.members:
+                    raise
+                self._refused.add(address)
+                warnings.warn(f"a worker that joined is not used: {said(error)}", stacklevel=2)
+
+    def _admit(self, reports: Mapping[str, Report[str]]) -> None:
+        hosts = Counter(each.host for each in (*reports.values(), *(each.report for each in self.members.values())))
         for address, report in reports.items():
             threads, cache_bytes = self._sizes(report, hosts[report.host])
             key = f"ntkpipe-open-{uuid4().hex}"

@@ -9,6 +9,7 @@ from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.config import Budget, MemoryLimit
 from ntkpipe.base.errors import NonFiniteError, SelfCheckError
 from ntkpipe.base.operator import Operator
+from ntkpipe.base.paths import said
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.memory import bytes_of_density, bytes_of_eigsh
@@ -59,7 +60,7 @@ def _decompose(operator: Operator, budget: Budget, monitor: Monitor, *, with_vec
     try:
         ascending, columns = _by_lapack(driver, upper, with_vectors)
     except np.linalg.LinAlgError as error:
-        raise SelfCheckError(f"LAPACK ({driver}) failed on {operator.num_rows} rows: {error}") from error
+        raise SelfCheckError(f"LAPACK ({driver}) failed on {operator.num_rows} rows: {said(error)}") from error
     del upper
     values = ascending[::-1].copy()
     trace_error, frobenius_error = _check_identities(values, trace, frobenius, driver)

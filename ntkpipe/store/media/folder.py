@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from ntkpipe.base.errors import StoreError, StoreExistsError
+from ntkpipe.base.paths import obstacle
 from ntkpipe.base.resources import free_disk
 from ntkpipe.store.media.medium import DOCUMENT_BYTES, PIECE_BYTES, Data, Medium, OversizeError, check_name
 
@@ -52,7 +53,14 @@ class Folder(Medium):
         return self.root / name
 
     def identity(self) -> str:
-        return str(self.root.resolve())
+        return os.path.realpath(self.root)
+
+    def obstacle(self, *, writes: bool = False) -> str:
+        return obstacle(self.root, writes=writes)
+
+    def nearest(self) -> "Folder":
+        root = self.root.absolute()
+        return Folder(next(each for each in (root, *root.parents) if each.is_dir()))
 
     def get(self, name: str, limit: int = DOCUMENT_BYTES) -> bytes:
         with self._opened(name, limit) as file:
@@ -162,7 +170,7 @@ class Folder(Medium):
         for folder, _, _ in os.walk(self._inside(prefix), topdown=False):
             os.rmdir(folder)
 
-    def free_bytes(self) -> int:
+    def free_bytes(self) -> int | None:
         return free_disk(self.root)
 
     def is_writable(self) -> bool:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ntkpipe.base.errors import ResourceError, StoreError, StoreFullError
+from ntkpipe.base.paths import said
 from ntkpipe.base.resources import format_bytes
 
 Data = bytes | memoryview
@@ -31,6 +32,14 @@ class Medium(ABC):
     @abstractmethod
     def identity(self) -> str:
         """Text that is equal for the same place, however its path was written."""
+
+    def obstacle(self, *, writes: bool = False) -> str:
+        """What keeps the root from being opened or made, as far as can be told beforehand; empty if nothing does."""
+        return ""
+
+    def nearest(self) -> "Medium":
+        """Where things can be put now: this medium, or the folder above in which it would be made."""
+        return self
 
     @abstractmethod
     def get(self, name: str, limit: int = DOCUMENT_BYTES) -> bytes:
@@ -82,6 +91,8 @@ class Medium(ABC):
         """Raise ResourceError unless so many bytes can still be written for what needs them."""
         free = self.free_bytes()
         if free is not None and num_bytes > free:
+            if why := self.obstacle(writes=True):  # what cannot be written to may have no free bytes
+                raise StoreError(f"cannot write {what}: {why}; choose another path")
             found = f"{what} needs {format_bytes(num_bytes)} more, {format_bytes(free)} of disk are free"
             raise ResourceError(f"{found}; free some, or choose another path")
 
@@ -132,9 +143,11 @@ def writing(medium: Medium, what: str | None = None, num_bytes: int = 0) -> Iter
     except OSError as error:
         if error.errno in _DISK_FULL or (what and isinstance(error, StoreFullError)):
             free = medium.free_bytes()
-            room = f"the disk is full: {'an unknown number of bytes' if free is None else format_bytes(free)} free"
+            full = "the disk quota is used up" if error.errno == errno.EDQUOT else "the disk is full"
+            room = f"{full}: {'an unknown number of bytes' if free is None else format_bytes(free)} free"
             need = f", {format_bytes(num_bytes)} needed for {what}" if what else f" at {medium.root}"
             raise StoreFullError(room + need) from error
         if isinstance(error, StoreError) and what is None:
             raise
-        raise StoreError(f"cannot write {what or f'to {medium.root}'}: {error}") from error
+        why = "" if isinstance(error, StoreError) else medium.obstacle(writes=True)
+        raise StoreError(f"cannot write {what or f'to {medium.root}'}: {why or said(error)}") from error

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from ntkpipe.base.errors import ConfigError, StoreError
+from ntkpipe.base.paths import local_path
 from ntkpipe.store.media.folder import Folder
 from ntkpipe.store.media.medium import Medium
 
@@ -17,8 +18,8 @@ def medium_at(where: str | Path | Medium) -> Medium:
         return where
     if not isinstance(where, str | os.PathLike):
         raise ConfigError(f"the store is {type(where).__name__}; needed a path or a URL")
-    text = os.fspath(where)
-    if "://" in text:
+    text = os.fsdecode(where)
+    if "://" in text and not text.startswith("file://"):
         try:
             from ntkpipe.store.media.objects import ObjectMedium  # keeps obstore out of sessions that use local stores
         except ModuleNotFoundError as error:
@@ -26,4 +27,4 @@ def medium_at(where: str | Path | Medium) -> Medium:
         return ObjectMedium(text)
     if _SHORTENED_URL.match(text):
         raise StoreError(f"{text!r} is a URL that became a path on its way and lost a slash; give it as text")
-    return Folder(Path(os.path.expanduser(text)))
+    return Folder(local_path(text))

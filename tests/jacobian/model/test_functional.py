@@ -181,7 +181,11 @@ def test_a_model_that_changes_its_input_cannot_change_ours():
 @pytest.mark.parametrize(
     ("function", "hook", "message"),
     [
-        (lambda model, x: (linear(model, x),), None, "returned tuple; needed one .* tensor"),
+        (
+            lambda model, x: (linear(model, x),),
+            None,
+            r"returned tuple with \.0 \(3, 2\); needed one .* Pick it with forward='\.0'",
+        ),
         (lambda model, x: linear(model, x)[:, 0], None, r"returned shape \(3,\) for a batch of 3"),
         (lambda model, x: linear(model, x)[:, None], None, r"returned shape \(3, 1, 2\)"),
         (lambda model, x: linear(model, x).mean(0, keepdim=True), None, r"returned shape \(1, 2\) for a batch of 3"),

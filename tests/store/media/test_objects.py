@@ -244,7 +244,7 @@ def test_urls_with_credentials_or_options_are_refused_and_not_repeated(url):
         ("s3:///a.zarr", "has no bucket"),
         ("s3://bucket/a/../b.zarr", "is not a name inside a store"),
         ("http://127.0.0.1:9000/bucket/a.zarr", "AWS_ENDPOINT_URL"),
-        ("file:///tmp/a.zarr", "a path of this machine"),
+        ("memory:///tmp/a.zarr", "a path of this machine"),
         ("://a", "needed one of"),
     ],
 )
