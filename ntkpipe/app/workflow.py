@@ -14,11 +14,10 @@ from ntkpipe.base.arguments import check_options, options_of, require_known
 from ntkpipe.base.config import Budget, RunSpec, StepSpec, Workflow, load_workflow
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.imports import call_factory, import_object
-from ntkpipe.base.resources import format_bytes
+from ntkpipe.base.resources import format_bytes, format_seconds
 from ntkpipe.base.tables import TableRows
 from ntkpipe.build.compute import PlannedKernel, compute_kernel, plan_kernel, repair, verify
 from ntkpipe.build.mend import RepairReport
-from ntkpipe.build.plan import format_seconds
 from ntkpipe.jacobian.model.checkpoints import load_checkpoint
 from ntkpipe.jacobian.model.device import count_gpus
 from ntkpipe.jacobian.model.functional import Forward

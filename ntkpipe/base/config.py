@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, Field
 from ntkpipe.base.arrays import require_range
 from ntkpipe.base.errors import ConfigError, ResourceError
 from ntkpipe.base.paths import said
-from ntkpipe.base.resources import available_memory, format_bytes, process_memory
+from ntkpipe.base.resources import available_memory, exceeded, format_bytes, process_memory
 
 ComputeDtype = Literal["float32", "float64", "bfloat16", "tf32"]
 RealDtype = Literal["float32", "float64"]
@@ -397,11 +397,3 @@ class Budget:
             found = f"{what} takes {format_bytes(num_bytes)}, and {format_bytes(max(0, room))} may be used"
             is_full = self.limit is not None and room <= 0
             raise ResourceError(f"{found}; {exceeded(self.limit or 0, process_memory()) if is_full else advice}")
-
-
-def exceeded(limit: int, used: int) -> str:
-    """What every refusal says where a process has more than its limit before it begins."""
-    return (
-        f"this process alone has {format_bytes(used)}, and memory_limit={format_bytes(limit)} counts all of it, Python "
-        "and libraries included; give a larger memory_limit, or none for a share of what is free"
-    )

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.errors import ConfigError, NonFiniteError, TileError
+from ntkpipe.base.paths import said
 
 _NUMBERS = (bool, int, float, np.number, np.bool_)
 # What puts entries into memory that are a tensor's with gradients, computed later, or sparse.
@@ -25,7 +26,7 @@ def as_array(name: str, given: Any) -> NDArray[Any]:
     try:
         values = _numbers(np.asanyarray(_in_memory(given)))
     except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        what = f"{name}: a {type(given).__name__} that NumPy does not take as an array ({error})"
+        what = f"{name}: a {type(given).__name__} that NumPy does not take as an array ({said(error)})"
         raise ConfigError(f"{what}; convert it to one of real numbers") from None
     if count := int(np.count_nonzero(np.ma.getmaskarray(values))) if isinstance(values, np.ma.MaskedArray) else 0:
         raise ConfigError(f"{name}: {count} entries are masked; fill them, or leave out the samples that have them")
@@ -138,7 +139,7 @@ def read_slices(name: str, array: Any, *parts: slice) -> NDArray[Any]:
         part = np.asanyarray(_in_memory(array[parts]))
     except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         rows = f"rows {parts[0].start} to {parts[0].stop - 1}"
-        raise TileError(f"{name}: {rows} of a {type(array).__name__} cannot be read: {error}") from error
+        raise TileError(f"{name}: {rows} of a {type(array).__name__} cannot be read: {said(error)}") from error
     values = as_array(name, np.asarray(part) if isinstance(part, np.memmap) else part)
     # Zarr says how many chunks were written, HDF5 by its lower interface.
     has_chunks = hasattr(array, "nchunks_initialized") or hasattr(getattr(array, "id", None), "get_num_chunks")

@@ -61,3 +61,20 @@ def format_bytes(num_bytes: float) -> str:
             return f"{num_bytes:.{digits}f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} TiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """Text of a duration in a readable unit."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def exceeded(limit: int, used: int) -> str:
+    """What every refusal says where a process has more than its limit before it begins."""
+    return (
+        f"this process alone has {format_bytes(used)}, and memory_limit={format_bytes(limit)} counts all of it, Python "
+        "and libraries included; give a larger memory_limit, or none for a share of what is free"
+    )

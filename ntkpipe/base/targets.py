@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from ntkpipe.base.arrays import require_range
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.given import as_array
+from ntkpipe.base.paths import said
 
 # `binary` is one column of -1 for the first of two classes and +1 for the second, in place of two one-hot columns.
 Task = Literal["auto", "classification", "regression", "binary"]

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from ntkpipe.base.arguments import checked
 from ntkpipe.base.config import ClusterSpec, parse
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.base.resources import format_bytes
+from ntkpipe.base.resources import format_bytes, format_seconds
 from ntkpipe.base.tables import TableRows, as_table
-from ntkpipe.build.plan import SHARE_OF_LIMIT, Machine, Plan, format_seconds, make_plan
+from ntkpipe.build.plan import SHARE_OF_LIMIT, Machine, Plan, make_plan
 
 Bottleneck = Literal["compute", "disk", "memory"]
 

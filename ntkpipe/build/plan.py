@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from ntkpipe.base.config import exceeded
 from ntkpipe.base.errors import ResourceError
 from ntkpipe.base.grid import Block, Grid
-from ntkpipe.base.resources import format_bytes
+from ntkpipe.base.resources import exceeded, format_bytes, format_seconds
 from ntkpipe.base.tables import TableRows, as_table
 from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.model.device import Sizes, sizes_of
@@ -216,15 +215,6 @@ class Plan:
 
     def __str__(self) -> str:
         return as_table(self.rows())
-
-
-def format_seconds(seconds: float) -> str:
-    """Text of a duration in a readable unit."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 _MAX_EDGE = 16

@@ -200,9 +200,7 @@ class JacobianProducts:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise NoProductError(
-                f"the model has neither forward-mode nor second derivatives ({said(error)})"
-            ) from error
+            raise NoProductError(f"neither forward-mode nor second derivatives: {said(error)}") from error
         return derivatives
 
     def spans(self, num_samples: int) -> list[Span]:

@@ -10,11 +10,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.arrays import FloatArray, require_bounded
 from ntkpipe.base.config import Budget, MemoryLimit, check_number
-from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.given import as_real
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task
+from ntkpipe.learning.regression.sources import initial_matrix
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.blocks import as_block, as_targets
 from ntkpipe.solvers.inverse.contract import INDEFINITE
@@ -56,15 +57,11 @@ class Dynamics(OfTargets):
         block = as_real("the cross kernel", cross.test_train if isinstance(cross, KernelSet) else cross)
         if block.ndim != 2 or block.shape[1] != self.coefficients.shape[1]:
             raise ConfigError(f"a cross kernel of shape {block.shape}; needed (m, {self.coefficients.shape[1]})")
-        if not np.isfinite(block).all():
-            raise NonFiniteError("the cross kernel holds NaN or infinity")
+        require_bounded("the cross kernel", block)
         found = np.stack([block @ at_time for at_time in self.coefficients]).astype(np.float64, copy=False)
         if initial_outputs is None:
             return found
-        start = as_real("initial_outputs", initial_outputs).astype(np.float64, copy=False)
-        if start.shape != found.shape[1:]:
-            raise ConfigError(f"initial_outputs of shape {start.shape}; needed {found.shape[1:]}")
-        return np.asarray(found + start)
+        return np.asarray(found + initial_matrix(initial_outputs, found.shape[1:]))
 
     def _rows(self) -> TableRows:
         reached = [

@@ -9,6 +9,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.given import dtype_of, real_dtype, require_square
 from ntkpipe.base.operator import Operator, Work, digest_of
+from ntkpipe.base.paths import said
 
 _PROBES = 4
 
@@ -53,7 +54,9 @@ class ProductOperator(Operator):
             product = np.asarray(self._matrix @ block, np.float64)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             what = f"{self._name}: a {type(self._matrix).__name__} whose product with a block of columns fails"
-            raise ConfigError(f"{what} ({error}); give an array, or a scipy.sparse.linalg.LinearOperator") from error
+            raise ConfigError(
+                f"{what} ({said(error)}); give an array, or a scipy.sparse.linalg.LinearOperator"
+            ) from error
         if product.shape != block.shape:
             raise ConfigError(f"{self._name}: a product of shape {product.shape} with a block of shape {block.shape}")
         if not np.isfinite(product).all():

@@ -12,7 +12,8 @@ from small import DictSink, LinearEngine
 from workloads import PLENTY, make_workload, workloads
 
 from ntkpipe.base.errors import ResourceError
-from ntkpipe.build.plan import Machine, Workload, format_seconds, make_plan
+from ntkpipe.base.resources import format_seconds
+from ntkpipe.build.plan import Machine, Workload, make_plan
 from ntkpipe.build.tiles import BuildJob, StripCache
 from ntkpipe.executors.threads import ThreadExecutor
 from ntkpipe.jacobian.cost import Cost

@@ -286,7 +286,7 @@ def _as_source(inputs: object, label: str) -> tuple[Source, bool]:
     try:
         size = len(inputs)
     except TypeError as error:
-        raise DataError(f"{label} is {type(inputs).__name__}, without a length ({error}); {_HOW}") from error
+        raise DataError(f"{label} is {type(inputs).__name__}, without a length ({said(error)}); {_HOW}") from error
     if size == 0:
         raise DataError(f"{label} holds no samples; needed at least one")
     first = _item(inputs, 0)
@@ -306,8 +306,8 @@ def _item(dataset: Any, i: int) -> Any:
         return dataset[i]
     except Exception as error:
         raise DataError(
-            f"the data set ({type(dataset).__name__}) raised {type(error).__name__} at item {i}: {error}; its [i] must "
-            "be a sample for i from 0 to len() - 1"
+            f"the data set ({type(dataset).__name__}) raised {type(error).__name__} at item {i}: {said(error)}; its "
+            "[i] must be a sample for i from 0 to len() - 1"
         ) from error
 
 

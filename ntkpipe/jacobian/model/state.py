@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ntkpipe.base.errors import ModelError, NonFiniteError
+from ntkpipe.base.paths import said
 from ntkpipe.store.manifest import ModelRecord
 
 # What returns the plain tensors of each layout.
@@ -183,8 +184,8 @@ def converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn
         found: nn.Module = module._apply(convert)
     except Exception as error:
         raise ModelError(
-            f"the model cannot be converted to {dtype} on {device} ({type(error).__name__}: {error}); keep what torch "
-            "cannot convert as dense tensors of an ordinary dtype"
+            f"the model cannot be converted to {dtype} on {device} ({type(error).__name__}: {said(error)}); keep what "
+            "torch cannot convert as dense tensors of an ordinary dtype"
         ) from error
     return found
 
