@@ -68,9 +68,8 @@ class Dynamics(OfTargets):
             (f"t = {time:.4g}", f"loss {np.sum(loss):.4g}, error {error:.1e} ({status})")
             for time, loss, error, status in zip(self.times, self.losses, self.errors, self.statuses, strict=True)
         ]
-        rate = f"{self.learning_rate:.6g} (largest eigenvalue {self.largest_eigenvalue:.6g})"
         return [
-            ("learning rate", rate),
+            ("learning rate", f"{self.learning_rate:.6g} (largest eigenvalue {self.largest_eigenvalue:.6g})"),
             *reached,
             ("defect", f"{self.defect:.1e}, by products with K"),
             ("Krylov space", f"{self.num_steps} steps, {self.dimension} dimensions"),
@@ -397,5 +396,5 @@ def _initial(initial_outputs: ArrayLike, shape: tuple[int, ...], encoded: Target
     values = as_real("initial_outputs", initial_outputs)
     if values.shape not in {needed, shape if encoded.classes is None else needed}:
         raise ConfigError(f"initial_outputs of shape {values.shape}; needed {needed}, as targets have")
-    block = require_bounded("initial_outputs", as_block("initial_outputs", values, len(encoded.matrix)))
-    return block.reshape(num_rows, -1)
+    block = as_block("initial_outputs", values, len(encoded.matrix))
+    return require_bounded("initial_outputs", block).reshape(num_rows, -1)
