@@ -16,7 +16,7 @@ _USUAL = {_MMAP_THRESHOLD: 32 * _MIB, _TRIM_THRESHOLD: 64 * _MIB, _TOP_PAD: 128 
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Keep freed memory for the next batch, and return it on leaving; for the whole process, where malloc is glibc's."""
+    """Keep freed memory for the next batch, and return it on leaving; for the whole process, if malloc is glibc's."""
     # Threads allocate from heaps of 64 MiB, each of which glibc unmaps as soon as it is empty: after every batch.
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "mallopt"):
