@@ -53,7 +53,7 @@ class Gathered:
         run: Run | None,
         task: Task | None = None,
         *,
-        progress: bool,
+        progress: bool = False,
     ) -> None:
         self.store, self.kernel, self._run = store, find_kernel(store, array), run
         self.results: dict[str, Any] = {}  # by step, those of chapters

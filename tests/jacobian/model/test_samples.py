@@ -267,9 +267,9 @@ def test_what_is_no_samples_is_refused_by_name(inputs, message):
     [
         (["a", "b"] * 3, DataError, r"np.unique\(labels, return_inverse=True\)"),
         ([1, 2, None] * 2, NonFiniteError, "2 samples are missing .*first of sample 2"),
-        (np.ma.array(np.arange(6), mask=np.arange(6) == 2), NonFiniteError, "masked"),
+        (np.ma.array(np.arange(6), mask=np.arange(6) == 2), ConfigError, "masked"),
         (["a", 1] * 3, ConfigError, r"several types.*\(int, str\)"),
-        ([[1.0], [1.0, 2.0]] * 3, ConfigError, "no array"),
+        ([[1.0], [1.0, 2.0]] * 3, ConfigError, "does not take as an array"),
     ],
 )
 def test_targets_that_are_no_numbers_are_refused(targets, error, words):
