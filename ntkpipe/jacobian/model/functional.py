@@ -15,7 +15,7 @@ from ntkpipe.base.config import ComputeDtype
 from ntkpipe.base.errors import ConfigError, ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.base.paths import said
 from ntkpipe.jacobian.model.picking import Batch as Batch
-from ntkpipe.jacobian.model.picking import PathPicker, called, described, hint_of, how_to_pick, reshaped
+from ntkpipe.jacobian.model.picking import PathPicker, described, hint_of, how_to_pick, reshaped
 from ntkpipe.jacobian.model.state import converted, deepcopy, require_parameters, require_values
 
 Forward = str | Callable[..., Any] | None
@@ -58,13 +58,11 @@ def _as_picker(forward: Forward) -> Callable[[nn.Module, Batch], Any]:
             f"forward is {type(forward).__name__}; needed '.attribute', a function of the model's output, or a "
             "function of (model, inputs)"
         )
-
-    if isinstance(forward, str):
-        return PathPicker(forward)
+    choose = PathPicker(forward) if isinstance(forward, str) else forward
 
     def pick(model: nn.Module, batch: Batch) -> Any:
-        value = called(model, batch)
-        return value if forward is None else forward(value)
+        value = model(**batch) if isinstance(batch, dict) else model(batch)
+        return value if choose is None else choose(value)
 
     return pick
 

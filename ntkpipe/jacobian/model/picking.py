@@ -1,4 +1,4 @@
-"""What a model takes and returns: its call, the part of its output that is meant, and words for what does not fit."""
+"""What a model returns: the part of its output that is meant, and words for what does not fit."""
 
 import inspect
 import re
@@ -22,11 +22,6 @@ _OF_INDICES = re.compile(
 _INTEGERS = re.compile(r"\b(Long|Int|Byte|Char|Short|Bool|long|int|bool|int\d+|uint8|unsigned char)\b")
 
 
-def called(model: nn.Module, batch: Batch) -> Any:
-    """What a model returns; arrays of a mapping are its keyword arguments."""
-    return model(**batch) if isinstance(batch, dict) else model(batch)
-
-
 class PathPicker:
     """Picks ``.hidden.0`` and the like: keys of mappings, numbers of sequences, attributes of anything."""
 
@@ -35,9 +30,8 @@ class PathPicker:
         if not all(self._names):
             raise ConfigError(f"forward={path!r}; needed '.name', such as '.logits', or several, such as '.hidden.0'")
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Any:
+    def __call__(self, value: object) -> Any:
         """The part of what the model returns."""
-        value = called(model, batch)
         names = list(self._names)
         while names:
             parts, whole = dict(parts_of(value)), ".".join(names)
