@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 
 from ntkpipe.base.arrays import require_range
 from ntkpipe.base.errors import ConfigError, ResourceError
+from ntkpipe.base.given import plain_value
 from ntkpipe.base.paths import said
 from ntkpipe.base.resources import available_memory, exceeded, format_bytes, parse_bytes, process_memory
 
@@ -54,16 +55,11 @@ def require_folders(groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, 
     return groups
 
 
-_OF_BYTES = "needed a number of bytes, or text such as 8GiB"
-
-
 def _as_bytes(value: object) -> int:
     """The number of bytes that a number or text stands for; raises ValueError."""
-    plain = plain_value(value)
-    if isinstance(plain, str):
-        plain = parse_bytes(plain)
+    plain = parse_bytes(value) if isinstance(value, str) else plain_value(value)
     if isinstance(plain, bool) or not isinstance(plain, int | float) or not 1 <= plain < 2**63:
-        raise ValueError(_OF_BYTES)
+        raise ValueError("needed a number of bytes, or text such as 8GiB")
     return int(plain)
 
 
@@ -76,9 +72,7 @@ else:
     ModelMetaclass = type(BaseModel)
 
 
-class _Checked(ModelMetaclass):
-    """Specs that callers make raise errors of this package, too."""
-
+class _Checked(ModelMetaclass):  # specs that callers make raise errors of this package, too
     def __call__(cls, **values: Any) -> Any:  # noqa: N805 - of a metaclass
         try:
             return super().__call__(**values)
@@ -320,13 +314,6 @@ def _line_of(node: yaml.Node | None, location: Sequence[int | str]) -> int | Non
         begin, node = children[key]
         line = begin.start_mark.line + 1
     return line
-
-
-def plain_value(value: Any) -> Any:
-    """Numbers and arrays of other libraries as Python's numbers and lists, also those in a list."""
-    if hasattr(value, "tolist") and hasattr(value, "ndim"):
-        return value.tolist()
-    return [plain_value(one) for one in value] if isinstance(value, list | tuple | range) else value
 
 
 def check_number(name: str, value: float, *, low: float, high: float = math.inf) -> float:

@@ -18,6 +18,13 @@ _ROWS_AT_ONCE = 256
 _MOST_ROUNDING = 5e-3  # of a symmetric matrix in float16, relative to its largest entry
 
 
+def plain_value(value: Any) -> Any:
+    """Numbers and arrays of other libraries as Python's numbers and lists, also those in a list."""
+    if hasattr(value, "tolist") and hasattr(value, "ndim"):
+        return value.tolist()
+    return [plain_value(one) for one in value] if isinstance(value, list | tuple | range) else value
+
+
 def as_array(name: str, given: Any) -> NDArray[Any]:
     """An array in memory, of numbers or labels; ConfigError for what is none, and where entries are masked."""
     require_opened(name, given)

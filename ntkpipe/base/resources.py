@@ -70,7 +70,8 @@ def parse_bytes(text: str) -> float:
     """The number of bytes that text such as ``8GiB`` or ``1.5e9`` stands for, all of it; NaN if none."""
     if found := _BYTES.fullmatch(text):
         number, unit, is_binary = found.groups()
-        return float(number) * (1024 if is_binary else 1000) ** " kmgtpe".index((unit or " ").lower())
+        power: int = " kmgtpe".index((unit or " ").lower())
+        return float(number) * float(1024 if is_binary else 1000) ** power
     try:
         return float(text)
     except ValueError:
