@@ -12,7 +12,8 @@ from matrices import matrix_with_spectrum, power_law
 
 import ntkpipe
 from ntkpipe import KernelRegression, as_operator
-from ntkpipe.base.errors import ConfigError, NtkpipeError
+from ntkpipe.base.errors import ConfigError, NonFiniteError, NtkpipeError
+from ntkpipe.base.operator import Operator, Work
 from ntkpipe.solvers.linear.preconditioner import nystrom, randomly_pivoted_cholesky
 
 N = 24
@@ -341,3 +342,40 @@ def test_models_whose_kernels_leave_float32(factor):
     if factor > 1e20:
         with pytest.raises(NtkpipeError):
             ntkpipe.kernel_matrix(model, given.float())
+
+
+@pytest.mark.parametrize("power", [-1074, -1050, -600, 600, 1000])
+def test_the_factor_that_is_advised_can_be_given(power):
+    """Also where 2.0 to the power that a matrix lacks is beyond float64, and where its products are denormal."""
+    matrix = np.ldexp(np.eye(3), power)
+    with pytest.raises(ConfigError, match=r"2\.0\*\*") as caught:
+        ntkpipe.eigh(matrix)
+    factor = 2.0 ** int(re.search(r"2\.0\*\*(-?\d+)", str(caught.value))[1])
+    is_view = "scaled(" in str(caught.value)
+    found = ntkpipe.eigh(as_operator(matrix).scaled(factor) if is_view else matrix * factor)
+    np.testing.assert_allclose(found.eigenvalues / factor, 2.0**power if power > -1074 else 5e-324, rtol=1e-14)
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.1, -1.0])
+def test_a_norm_that_an_operator_cannot_have(norm):
+    class Own(Operator):
+        work = Work()
+
+        def identity(self):
+            return "own"
+
+        def _multiply(self, block):
+            return MATRIX @ block
+
+        def frobenius(self):
+            return norm
+
+    with pytest.raises(ConfigError, match="whose diagonal alone has"):
+        ntkpipe.alignment(Own(N, np.dtype(np.float64)), TARGETS)
+
+
+def test_coefficients_whose_squares_leave_the_range():
+    with pytest.raises(ConfigError, match=r"coefficients of up to 1e\+200"):
+        ntkpipe.influence(np.full((N, 2), 1e200), MATRIX[:3], is_classification=False)
+    with pytest.raises(NonFiniteError, match="coefficients hold"):
+        ntkpipe.influence(np.full(N, np.nan), MATRIX[:3])

@@ -51,8 +51,8 @@ def fit_power_law(eigenvalues: ArrayLike, *, first_rank: int, last_rank: int) ->
     logarithms is biased (Clauset, Shalizi, Newman 2009, SIAM Review 51).
     """
     values = np.asarray(eigenvalues, np.float64)
-    check_number("first_rank", first_rank, low=1)
-    check_number("last_rank", last_rank, low=first_rank + _LEAST_RANKS - 1, high=len(values))
+    check_number("the first of tail_ranks", first_rank, low=1)
+    check_number("the last of tail_ranks", last_rank, low=first_rank + _LEAST_RANKS - 1, high=len(values))
     inside = values[first_rank - 1 : last_rank]
     if inside.min() <= 0:
         rank = first_rank + int(np.argmax(inside <= 0))

@@ -15,8 +15,9 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from ntkpipe.base.config import Budget, plain_value
+from ntkpipe.base.config import Budget
 from ntkpipe.base.errors import ArgumentError, ConfigError
+from ntkpipe.base.given import plain_value
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -17,6 +17,7 @@ SMALLEST, LARGEST = 2.0**-200, 2.0**200
 # What ridges and the largest target may be, if not zero: they may be far below the matrix.
 _LEAST, _MOST = 2.0**-256, 2.0**256
 _BOUND = 2.0**400  # what outputs may be, and test kernels: their squares can be added
+_DENORMAL = 2.0**-960
 _UP, _DOWN = 2.0**600, 2.0**-600
 _UNDERFLOW = 1e-250  # digits of sums of squares below it may be lost
 
@@ -44,10 +45,12 @@ def require_matrix_range(size: float) -> None:
     if not math.isfinite(size):
         raise NonFiniteError("the matrix holds NaN or infinity")
     if size and not SMALLEST <= size <= LARGEST:
-        factor = f"2.0**{-math.frexp(size)[1]}"
+        factor = f"2.0**{min(-math.frexp(size)[1], 1023)}"
+        # Products with denormal numbers lose digits before they are scaled.
+        scaled = f"matrix * {factor}, as an array," if size < _DENORMAL else f"as_operator(matrix).scaled({factor}),"
         raise ConfigError(
             f"entries of the matrix reach about {size:.2g}; needed {SMALLEST:.2g} to {LARGEST:.2g}, since squares of "
-            f"others leave the range of float64. Give as_operator(matrix).scaled({factor}), and ridges times {factor}; "
+            f"others leave the range of float64. Give {scaled} and ridges times {factor}; "
             "solutions of linear systems and inverses are multiplied with it afterwards, eigenvalues divided by it"
         )
 

@@ -1,6 +1,5 @@
 """Settings: frozen, validated specs of a run, from YAML workflow files or the API; checks of options; budgets."""
 
-import contextlib
 import math
 import operator
 import re
@@ -8,17 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, SupportsIndex, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, SupportsIndex, TypeVar, Union
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
 from ntkpipe.base.arrays import require_range
 from ntkpipe.base.errors import ConfigError, ResourceError
+from ntkpipe.base.given import plain_value
 from ntkpipe.base.paths import said
-from ntkpipe.base.resources import available_memory, exceeded, format_bytes, process_memory
+from ntkpipe.base.resources import available_memory, exceeded, format_bytes, parse_bytes, process_memory
 
 ComputeDtype = Literal["float32", "float64", "bfloat16", "tf32"]
 RealDtype = Literal["float32", "float64"]
@@ -55,28 +55,32 @@ def require_folders(groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, 
     return groups
 
 
-_UNITS = TypeAdapter(ByteSize)
-_OF_BYTES = "needed a number of bytes, or text such as 8GiB"
-
-
 def _as_bytes(value: object) -> int:
     """The number of bytes that a number or text stands for; raises ValueError."""
-    plain = plain_value(value)
-    if isinstance(plain, str):
-        try:
-            plain = float(plain)
-        except ValueError:
-            with contextlib.suppress(ValidationError):
-                plain = int(_UNITS.validate_python(plain))
+    plain = parse_bytes(value) if isinstance(value, str) else plain_value(value)
     if isinstance(plain, bool) or not isinstance(plain, int | float) or not 1 <= plain < 2**63:
-        raise ValueError(_OF_BYTES)
+        raise ValueError("needed a number of bytes, or text such as 8GiB")
     return int(plain)
 
 
 Bytes = Annotated[int, BeforeValidator(_as_bytes)]
 
 
-class Spec(BaseModel):
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+class _Checked(ModelMetaclass):  # specs that callers make raise errors of this package, too
+    def __call__(cls, **values: Any) -> Any:  # noqa: N805 - of a metaclass
+        try:
+            return super().__call__(**values)
+        except ValidationError as error:
+            raise _refusal(error, cls, f"{cls.__name__}()", None) from error
+
+
+class Spec(BaseModel, metaclass=_Checked):
     """Base of all specs: frozen, without unknown keys."""
 
     model_config = {"extra": "forbid", "frozen": True}
@@ -259,8 +263,11 @@ def parse(spec: type[AnySpec], values: Mapping[str, Any], *, source: str, tree: 
     try:
         return spec.model_validate(values)
     except ValidationError as error:
-        problems = [_problem(item, spec, source, tree) for item in error.errors()]
-        raise ConfigError("\n".join(problems)) from error
+        raise _refusal(error, spec, source, tree) from error
+
+
+def _refusal(error: ValidationError, spec: Any, source: str, tree: yaml.Node | None) -> ConfigError:
+    return ConfigError("\n".join(_problem(item, spec, source, tree) for item in error.errors()))
 
 
 def spec_of(spec: type[AnySpec], arguments: Mapping[str, Any]) -> AnySpec:
@@ -307,13 +314,6 @@ def _line_of(node: yaml.Node | None, location: Sequence[int | str]) -> int | Non
         begin, node = children[key]
         line = begin.start_mark.line + 1
     return line
-
-
-def plain_value(value: Any) -> Any:
-    """Numbers and arrays of other libraries as Python's numbers and lists, also those in a list."""
-    if hasattr(value, "tolist") and hasattr(value, "ndim"):
-        return value.tolist()
-    return [plain_value(one) for one in value] if isinstance(value, list | tuple | range) else value
 
 
 def check_number(name: str, value: float, *, low: float, high: float = math.inf) -> float:

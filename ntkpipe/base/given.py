@@ -12,10 +12,17 @@ from ntkpipe.base.paths import said
 
 _NUMBERS = (bool, int, float, np.number, np.bool_)
 # What puts entries into memory that are a tensor's with gradients, computed later, or sparse.
-_INTO_MEMORY = ("detach", "cpu", "compute", "toarray")
+_INTO_MEMORY = ("detach", "cpu", "to_dense", "compute", "toarray")
 _MOST_NAMED = 8  # chunks in a message
 _ROWS_AT_ONCE = 256
 _MOST_ROUNDING = 5e-3  # of a symmetric matrix in float16, relative to its largest entry
+
+
+def plain_value(value: Any) -> Any:
+    """Numbers and arrays of other libraries as Python's numbers and lists, also those in a list."""
+    if hasattr(value, "tolist") and hasattr(value, "ndim"):
+        return value.tolist()
+    return [plain_value(one) for one in value] if isinstance(value, list | tuple | range) else value
 
 
 def as_array(name: str, given: Any) -> NDArray[Any]:
@@ -32,7 +39,9 @@ def as_array(name: str, given: Any) -> NDArray[Any]:
         raise ConfigError(f"{name}: {count} entries are masked; fill them, or leave out the samples that have them")
     found = np.asarray(values)
     if found.dtype.kind == "O" and not found.ndim:
-        raise ConfigError(f"{name}: a {type(given).__name__}; needed an array")
+        has_products = hasattr(given, "shape") and hasattr(given, "__matmul__")
+        advice = f", which is its product with a unit matrix, numpy.eye({given.shape[-1]})" if has_products else ""
+        raise ConfigError(f"{name}: a {type(given).__name__}; needed an array{advice}")
     return found
 
 
@@ -60,7 +69,10 @@ def as_real(name: str, given: Any) -> NDArray[Any]:
     values = as_array(name, given)
     dtype = real_dtype(name, values.shape, values.dtype)
     with np.errstate(over="ignore"):  # what float64 does not hold is infinite, and refused as such
-        return values.astype(dtype, copy=False)
+        found = values.astype(dtype, copy=False)
+    if values.dtype.itemsize > 8 and values.any() and not found.any():
+        raise ConfigError(f"{name} of dtype {values.dtype} holds numbers that are zero in float64; use other units")
+    return found
 
 
 def real_dtype(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -142,8 +154,7 @@ def read_slices(name: str, array: Any, *parts: slice) -> NDArray[Any]:
         raise TileError(f"{name}: {rows} of a {type(array).__name__} cannot be read: {said(error)}") from error
     values = as_array(name, np.asarray(part) if isinstance(part, np.memmap) else part)
     # Zarr says how many chunks were written, HDF5 by its lower interface.
-    has_chunks = hasattr(array, "nchunks_initialized") or hasattr(getattr(array, "id", None), "get_num_chunks")
-    if has_chunks and array.chunks and values.size:
+    if values.size and (hasattr(array, "nchunks_initialized") or hasattr(getattr(array, "id", None), "get_num_chunks")):
         _require_written(name, array, values, parts)
     return values
 
@@ -153,6 +164,8 @@ def _may_lack_chunks(array: Any) -> bool:
         return True  # a shard that is there may lack chunks
     if hasattr(array, "nchunks_initialized"):
         return bool(array.nchunks_initialized < array.nchunks)
+    if array.chunks is None:
+        return not array.id.get_storage_size()
     return bool(array.id.get_num_chunks() < math.prod(map(math.ceil, np.divide(array.shape, array.chunks))))
 
 
@@ -161,7 +174,8 @@ def _require_written(name: str, array: Any, values: NDArray[Any], parts: tuple[s
 
     Zarr leaves such chunks out by default, so whether they were written is not known.
     """
-    sizes, given = array.chunks, getattr(array, "fill_value", getattr(array, "fillvalue", None))
+    sizes = array.chunks or array.shape  # HDF5 may have one part alone
+    given = getattr(array, "fill_value", getattr(array, "fillvalue", None))
     fill = np.asarray(0 if given is None else given, values.dtype)
     first = [np.arange(part.start // size, -(-part.stop // size)) for part, size in zip(parts, sizes, strict=True)]
     corners = [np.maximum(at * size - part.start, 0) for at, size, part in zip(first, sizes, parts, strict=True)]

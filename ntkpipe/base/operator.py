@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ntkpipe.base.arrays import column_norms, power_of_two, require_matrix_range, runs
 from ntkpipe.base.arrays import digest_of as digest_of
-from ntkpipe.base.arrays import power_of_two, require_matrix_range, runs
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.given import as_real
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
+_NOT_LESS = 1.001  # norms of a part and of the whole may differ by rounding
 _COLUMNS_AT_ONCE = 256  # by operators that have no other access to entries
 
 
@@ -159,7 +160,11 @@ class Operator(ABC):
     def require_range(self) -> None:
         """Refuse entries whose squares leave float64; a look at the statistics unless they are stored in float32."""
         if self.storage_dtype.itemsize > 4:
-            require_matrix_range(self.frobenius())
+            size, of_diagonal = self.frobenius(), float(column_norms(self.diagonal()[:, None])[0])
+            require_matrix_range(max(size, of_diagonal))
+            if of_diagonal > _NOT_LESS * size:  # of operators that others write
+                what = f"an operator of Frobenius norm {size:.3g}, whose diagonal alone has {of_diagonal:.3g}"
+                raise ConfigError(f"{what}; its frobenius(), diagonal() or statistics() are to be corrected")
 
     def shifted(self, shift: float) -> "Operator":
         """Return a view ``K + shift I``."""

@@ -1,13 +1,16 @@
 """Memory, disk space and cores of this machine, read and never changed."""
 
 import contextlib
+import math
 import os
+import re
 import resource
 import sys
 from pathlib import Path
 
 import psutil
 
+_BYTES = re.compile(r"\s*(\d+|\d*\.\d+)\s*(?:([kmgtpe])(i?))?b?\s*", flags=re.IGNORECASE)
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _CGROUP_USAGE = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
 
@@ -61,6 +64,18 @@ def format_bytes(num_bytes: float) -> str:
             return f"{num_bytes:.{digits}f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} TiB"
+
+
+def parse_bytes(text: str) -> float:
+    """The number of bytes that text such as ``8GiB`` or ``1.5e9`` stands for, all of it; NaN if none."""
+    if found := _BYTES.fullmatch(text):
+        number, unit, is_binary = found.groups()
+        power: int = " kmgtpe".index((unit or " ").lower())
+        return float(number) * float(1024 if is_binary else 1000) ** power
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def format_seconds(seconds: float) -> str:

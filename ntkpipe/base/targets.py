@@ -106,8 +106,8 @@ def encode(targets: ArrayLike, *, task: Task = "auto", num_outputs: int | None =
         if labels.dtype.kind == "f":
             labels = labels.astype(np.int64)
         classes = _classes_of(labels if codes is None else np.arange(values.shape[1]), num_outputs, task)
-        if task == "auto" and labels.dtype.kind in "iu":
-            _doubt(labels)
+        if task == "auto" and codes is None and labels.dtype.kind != "b":
+            _doubt(labels, np.unique(labels))
         return _encoded(labels, classes, is_binary=task == "binary")
     return _real(values, warns=task == "auto")
 
@@ -138,12 +138,12 @@ def encode_test(targets: ArrayLike, train: Targets) -> Targets:
     return replace(found, note=note)
 
 
-def as_values(targets: Any) -> NDArray[Any]:
+def as_values(targets: Any, name: str = "targets") -> NDArray[Any]:
     """Targets as an array of numbers or text, or one of objects that are the categories of a categorical.
 
     Objects that are all numbers become numbers. Raises ConfigError for other objects, NonFiniteError for missing ones.
     """
-    values = as_array("targets", targets)
+    values = as_array(name, targets)
     if values.dtype.kind in "ST":
         values = values.astype(np.str_ if values.dtype.kind == "S" else object)
     if values.dtype.kind == "U" and not hasattr(targets, "dtype"):
@@ -215,22 +215,24 @@ def _are_labels(values: NDArray[Any], task: Task) -> bool:
     return values.ndim == 1 and values.dtype.kind in "iub"
 
 
-def _doubt(values: NDArray[Any]) -> None:
-    """Say so where integers may as well be numbers, such as ages, years or counts."""
-    classes = np.unique(values)
-    count, size, least, most = len(classes), len(values), int(classes[0]), int(classes[-1])
-    is_many = size > _FEWEST_DOUBTFUL and 2 * count > size
-    is_counted = least in {0, 1} and count > _LEAST_DENSITY * (most + 1 - least)
+def _doubt(labels: NDArray[Any], classes: NDArray[Any]) -> None:
+    """Say so where labels may as well be numbers: integers such as ages, years or counts, and text of any numbers."""
+    count, size, least, most = len(classes), len(labels), classes[0], classes[-1]
+    what, otherwise = "texts", "convert them, with numpy.asarray(targets, float)"
+    is_many, is_counted = size > _FEWEST_DOUBTFUL and 2 * count > size, True
+    if not isinstance(least, str):
+        what, otherwise = "integers", "give task='regression'"
+        is_counted = least in {0, 1} and count > _LEAST_DENSITY * (int(most) + 1 - int(least))
     if not is_many and (count <= _MOST_UNCOUNTED or is_counted):
         return
     if is_many and count == size:
         raise ConfigError(
-            f"{size} integers as targets, all of them different: classes, or numbers? Give "
-            "task='classification' or task='regression'"
+            f"{size} {what} as targets, all of them different: classes, or numbers? For classes give "
+            f"task='classification', for numbers {otherwise}"
         )
     warnings.warn(
-        f"{size} integers as targets, from {least} to {most}, are taken as labels of {count} classes; if they are "
-        "numbers, give task='regression', and if not, task='classification'",
+        f"{size} {what} as targets, from {least} to {most}, are taken as labels of {count} classes; if they are "
+        f"numbers, {otherwise}, and if not, give task='classification'",
         stacklevel=2,
     )
 

@@ -52,7 +52,7 @@ class ProductOperator(Operator):
         start = perf_counter()
         try:
             product = np.asarray(self._matrix @ block, np.float64)
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             what = f"{self._name}: a {type(self._matrix).__name__} whose product with a block of columns fails"
             raise ConfigError(
                 f"{what} ({said(error)}); give an array, or a scipy.sparse.linalg.LinearOperator"

@@ -7,6 +7,7 @@ import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.given import as_real
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.tables import TableRows
 from ntkpipe.solvers.result import Result
@@ -77,15 +78,22 @@ class Eigenpairs(Result):
         return rows
 
 
+def pairs_of(name: str, given: Any, num_rows: int) -> tuple[FloatArray, FloatArray]:
+    """Eigenvalues (k,) and eigenvectors (n, k) of what a caller gives as eigenpairs, in float64."""
+    names = ("eigenvalues", "eigenvectors")
+    if any(getattr(given, part, None) is None for part in names):
+        what = f"{name} without eigenvectors" if hasattr(given, names[0]) else f"{name}={type(given).__name__}"
+        raise ConfigError(f"{what}; needed both, as ntkpipe.eigh or ntkpipe.eigsh return")
+    values, vectors = (as_real(f"{part} of {name}", getattr(given, part)).astype(np.float64) for part in names)
+    if values.ndim != 1 or vectors.shape != (num_rows, len(values)) or not len(values):
+        found = f"{name} of {values.shape} values and vectors of shape {vectors.shape}"
+        raise ConfigError(f"{found}; needed eigenvalues (k,) and eigenvectors ({num_rows}, k)")
+    return values, vectors
+
+
 def check_eigenpairs(operator: Operator, given: Any) -> Eigenpairs:
     """Eigenpairs of a caller in float64, tested by a random combination: orthonormal, and those of the matrix."""
-    n, parts = operator.num_rows, [getattr(given, name, None) for name in ("eigenvalues", "eigenvectors")]
-    if any(part is None for part in parts):
-        what = "eigenpairs without eigenvectors" if parts[0] is not None else f"eigenpairs={type(given).__name__}"
-        raise ConfigError(f"{what}; needed both, as ntkpipe.eigh or ntkpipe.eigsh return")
-    values, vectors = (np.asarray(part, np.float64) for part in parts)
-    if values.ndim != 1 or vectors.shape != (n, len(values)) or not len(values):
-        raise ConfigError(f"eigenvectors of shape {vectors.shape} and {values.shape} values; needed ({n}, k) and (k,)")
+    values, vectors = pairs_of("eigenpairs", given, operator.num_rows)
     if (np.diff(values) > 0).any():
         raise ConfigError("eigenvalues are not in descending order, as ntkpipe.eigh and ntkpipe.eigsh return them")
     probe = np.random.default_rng(_SEED).standard_normal(len(values))

@@ -49,7 +49,7 @@ def test_ranges():
     assert default_ranks(4000, 4000) == (10, 1000)
     assert default_ranks(4000, 100) == (10, 100)
     assert default_ranks(100, 100) is None
-    with pytest.raises(ConfigError, match="last_rank=20"):
+    with pytest.raises(ConfigError, match="tail_ranks=20"):
         fit_power_law(np.ones(50), first_rank=5, last_rank=20)
     with pytest.raises(ConfigError, match="eigenvalue 31 is not positive"):
         fit_power_law(np.concatenate([np.ones(30), np.zeros(20)]), first_rank=5, last_rank=40)

@@ -6,7 +6,7 @@ import textwrap
 import pytest
 from pydantic import ValidationError
 
-from ntkpipe.base.config import ClusterSpec, KernelSpec, RunSpec, Workflow, check_number, load_workflow, parse
+from ntkpipe.base.config import Budget, ClusterSpec, KernelSpec, RunSpec, Workflow, check_number, load_workflow, parse
 from ntkpipe.base.errors import ConfigError
 
 MINIMAL = """
@@ -231,3 +231,37 @@ def test_numbers_are_checked_against_their_range():
     for bad in (-1.0, 3.0, float("nan")):
         with pytest.raises(ConfigError, match="ridge="):
             check_number("ridge", bad, low=0, high=2)
+
+
+BYTES = {
+    "2GiB": 2**31, "2 GB": 2 * 10**9, " 8 gib ": 2**33, "1.5e9": 1.5e9, "2Gi": 2**31, "2g": 2e9, ".5MiB": 2**19, "7": 7,
+    "7 b": 7, "1_000": 1000, "3TB": 3e12,
+}  # fmt: skip
+NO_BYTES = ["", "50%", "1,5GiB", "2 Gigs", "GiB", "-2GiB", "0", "nan", "inf", "1e400", "9EiB", "0x10", "2GiB free"]
+
+
+@pytest.mark.parametrize("text", BYTES)
+def test_text_of_bytes(text):
+    assert Budget.of(text).limit == BYTES[text] == ClusterSpec(workers=1, memory_limit=text).memory_limit
+
+
+@pytest.mark.parametrize("text", NO_BYTES)
+def test_text_that_is_no_number_of_bytes(text):
+    """Nothing of it is read where the rest has no meaning."""
+    for call in (Budget.of, lambda given: ClusterSpec(workers=1, memory_limit=given)):
+        with pytest.raises(ConfigError, match=r"memory_limit=.*needed a number of bytes, or text such as 8GiB"):
+            call(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "'workers' is missing"),
+        ({"workers": 0}, "workers=0: .*greater than or equal to 1"),
+        ({"workers": 1, "price": "much"}, "price='much'"),
+        ({"workers": 1, "memory": 5}, "unknown key 'memory'; the nearest known key is 'memory_limit'"),
+    ],
+)
+def test_a_spec_is_refused_with_words_where_a_caller_makes_it(given, words):
+    with pytest.raises(ConfigError, match=r"ClusterSpec\(\): .*" + words):
+        ClusterSpec(**given)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from holders import HOLDERS, REFUSED
+from scipy.sparse.linalg import aslinearoperator
 
 from ntkpipe.base.errors import ConfigError, NonFiniteError, NtkpipeError, TileError
 from ntkpipe.base.given import as_array, as_real, read_slices, require_mirror, require_square, require_symmetric
@@ -129,3 +130,37 @@ def test_every_entry_of_a_symmetric_matrix_is_looked_at(place):
         wrong[place] += 1e-9
         with pytest.raises(ConfigError, match="differ by 1e-09"):
             require_symmetric("K", wrong)
+
+
+class OnePart:
+    """As a dataset of HDF5 whose entries are one part of a file, which is made when something is written."""
+
+    shape, dtype, chunks, fillvalue = MATRIX.shape, MATRIX.dtype, None, 0.0
+
+    def __init__(self, values, is_written):
+        self.values, self.id = values, self
+        self.get_num_chunks, self.get_storage_size = None, lambda: values.nbytes * is_written
+
+    def __getitem__(self, key):
+        return self.values[key]
+
+
+def test_a_part_of_a_file_that_was_never_written():
+    with pytest.raises(TileError, match=r"it: chunks \(0, 0\).*never written"):
+        as_real("it", OnePart(np.zeros(MATRIX.shape), False))
+    for values, is_written in ((np.zeros(MATRIX.shape), True), (MATRIX, True)):
+        np.testing.assert_array_equal(as_real("it", OnePart(values, is_written)), values)
+
+
+def test_what_has_products_alone_says_how_it_becomes_an_array():
+    given = aslinearoperator(MATRIX)
+    with pytest.raises(ConfigError, match=r"it: a MatrixLinearOperator; needed an array.*numpy.eye\((\d+)\)") as caught:
+        as_real("it", given)
+    size = int(str(caught.value).split("numpy.eye(")[1].split(")")[0])
+    np.testing.assert_array_equal(as_real("it", given @ np.eye(size)), MATRIX)
+
+
+def test_numbers_that_float64_takes_for_zero():
+    with pytest.raises(ConfigError, match=r"it of dtype .* zero in float64"):
+        as_real("it", np.full((2, 2), np.longdouble("1e-4000")))
+    assert not as_real("it", np.zeros((2, 2), np.longdouble)).any()

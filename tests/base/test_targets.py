@@ -48,7 +48,7 @@ def test_containers_and_dtypes_do_not_change_what_targets_are(targets: Any, word
     ("targets", "task", "words"),
     [
         ([[1.0], [1.0, 2.0]], "auto", "targets: a list that NumPy does not take"),
-        (torch.zeros(3).to_sparse(), "auto", "targets: a Tensor that NumPy does not take"),
+        (torch.zeros(3, device="meta"), "auto", "targets: a Tensor that NumPy does not take"),
         (np.array([1, "a", None], object), "auto", "labels of several types"),
         ([1, "a", 2], "auto", r"labels of several types.*\(int, str\)"),
         ([datetime(2020, 1, 1), datetime(2021, 1, 1)], "auto", r"none that is known \(datetime\)"),
@@ -259,3 +259,16 @@ def test_one_hot_columns_are_numbers_unless_they_are_called_classes(dtype: Any) 
     assert encode_test(columns[1:2], classes).codes.tolist() == [1]
     # A column without a sample is a class all the same.
     assert encode(columns[:2], task="classification").classes.tolist() == [0, 1, 2]
+
+
+def test_text_that_may_be_numbers() -> None:
+    """As a file is read that has text for its numbers."""
+    numbers = np.random.default_rng(1).standard_normal(40)
+    with pytest.raises(ConfigError, match=r"40 texts as targets, all of them different.*numpy.asarray"):
+        encode(numbers.astype(str))
+    np.testing.assert_array_equal(encode(np.asarray(numbers.astype(str), float)).matrix[:, 0], numbers)
+    assert len(encode(numbers.astype(str), task="classification").classes) == 40
+    with pytest.warns(UserWarning, match="40 texts as targets, from .* 30 classes; if they are numbers, convert them"):
+        encode([f"{number % 30}" for number in range(40)])
+    for clear in (np.array(list("abc"))[np.arange(40) % 3], [f"class {number}" for number in range(15)]):
+        encode(clear)

@@ -149,3 +149,14 @@ def test_masks_of_labels_are_no_class():
         ntkpipe.KernelRegression(RIDGE).fit(K, labels)
     whole = ntkpipe.KernelRegression(RIDGE).fit(K, np.ma.array(labels.data))
     np.testing.assert_array_equal(whole.classes_, [0, 1, 2])
+
+
+def test_a_row_of_a_test_kernel_is_one_sample():
+    matrix = np.eye(5)
+    fitted = ntkpipe.KernelRegression(1.0, task="regression").fit(matrix, np.arange(5.0))
+    with pytest.raises(ConfigError, match=r"of one test sample give kernel\[None\]"):
+        fitted.predict(matrix[2])
+    np.testing.assert_allclose(fitted.predict(matrix[2][None]), [1.0], atol=1e-12)
+    with pytest.raises(ConfigError, match="train × test") as caught:
+        fitted.predict(matrix[:, :3])
+    assert "[None]" not in str(caught.value)

@@ -99,10 +99,12 @@ def test_what_is_no_symmetric_matrix(matrix, error, words):
 def test_a_product_that_fails_is_named():
     class Failing(Own):
         def __matmul__(self, block):
-            raise TypeError("only tensors")
+            raise self.error
 
-    with pytest.raises(ConfigError, match=r"the matrix: a Failing whose product .*only tensors"):
-        as_operator(Failing(K))
+    for error in (TypeError, ZeroDivisionError, KeyError, FloatingPointError):
+        Failing.error = error("only tensors")
+        with pytest.raises(ConfigError, match=r"the matrix: a Failing whose product .*only tensors"):
+            as_operator(Failing(K))
 
     class Shorter(Own):
         def __matmul__(self, block):

@@ -97,6 +97,7 @@ CALLS = {
     "solve_path": lambda k, y, r: ntkpipe.solve_path(k, y, [r], method="cholesky"),
     "gaussian_process": lambda k, y, r: ntkpipe.gaussian_process(k, y, ridge=r, method="cholesky"),
     "logdet": lambda k, y, r: ntkpipe.logdet(k, ridge=r),
+    "ridge_path by either": lambda k, y, r: ntkpipe.ridge_path(k, y, ridges=[r]),
     "ridge_path": lambda k, y, r: ntkpipe.ridge_path(k, y, ridges=[r], method="cholesky"),
     "ridge_path by eigenpairs": lambda k, y, r: ntkpipe.ridge_path(k, y, ridges=[r], method="eigh"),
     "regression": regression,

@@ -155,7 +155,7 @@ def _encoded(posterior: Posterior, test_targets: ArrayLike, classes: ArrayLike |
     """Test targets, as those of the fit were encoded: they may lack classes, so that nothing is read from them."""
     columns = posterior.mean.shape[1]
     named: Any = posterior.classes if classes is None else classes
-    labels = None if named is None else as_values(named)
+    labels = None if named is None else as_values(named, "classes")
     is_binary = columns == 1 and labels is not None and labels.shape == (2,)
     if labels is not None and not (labels.shape == ((2,) if is_binary else (columns,)) == np.unique(labels).shape):
         raise ConfigError(f"classes={labels.tolist()!r} for {columns} outputs; needed another label for each")

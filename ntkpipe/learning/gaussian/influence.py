@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.arrays import FloatArray, require_bounded
 from ntkpipe.base.config import check_number
-from ntkpipe.base.errors import ConfigError, NonFiniteError
+from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.given import as_real
 from ntkpipe.base.tables import TableRows
 from ntkpipe.learning.regression.sources import CrossKernel, initial_matrix
@@ -139,9 +139,7 @@ def _taken_apart(model: Any, is_classification: bool | None, width: int | None) 
     count = len(coefficients) if coefficients.ndim in {1, 2} and coefficients.size else 0
     if not count or count % rows or (rows > 1 and coefficients.size != count):
         raise ConfigError(f"coefficients of shape {coefficients.shape} for {rows} rows a sample")
-    if not np.isfinite(coefficients).all():
-        raise NonFiniteError("coefficients hold NaN or infinity")
-    return coefficients.reshape(count, -1), rows, by_class
+    return require_bounded("coefficients", coefficients).reshape(count, -1), rows, by_class
 
 
 def _terms(

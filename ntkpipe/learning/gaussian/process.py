@@ -61,7 +61,7 @@ class Posterior(OfTargets):
     method: str  # method, why: `cholesky` or `streamed`, and why
     why: str
     residual: float  # largest relative true residual of the systems
-    num_clipped: int  # variances that rounding made negative; they are zero now
+    num_clipped: int  # variances that came out negative; they are zero now
     floor: float  # size of what rounding to the storage dtype did to K
 
     @property
@@ -82,7 +82,8 @@ class Posterior(OfTargets):
         ]
         if len(self.mean):
             size = np.sqrt(self.variance)
-            clipped = f"; {self.num_clipped} that rounding made negative are zero" if self.num_clipped else ""
+            clipped = "; {} came out negative, by rounding or since test_diagonal is of other samples, and are zero"
+            clipped = clipped.format(self.num_clipped) if self.num_clipped else ""
             sizes = f"{size.min():.4g} to {size.max():.4g}, mean {size.mean():.4g}"
             rows.append(("test samples", f"{len(self.mean):,}; standard deviations {sizes}{clipped}"))
         return rows
@@ -230,4 +231,7 @@ def _prior_covariance(diagonal: Any, shape: tuple[int, int, int]) -> FloatArray:
             f"test_diagonal of shape {blocks.shape}; needed {shape}, such as store.test_diagonal: the blocks of test "
             "samples with themselves"
         )
-    return require_bounded("test_diagonal", blocks).reshape(shape)
+    found = require_bounded("test_diagonal", blocks).reshape(shape)
+    if (least := float(np.einsum("mss->ms", found).min())) < 0.0:
+        raise ConfigError(f"test_diagonal reaches {least:.3g}; needed variances, K(x, x) of the test samples")
+    return found

@@ -255,7 +255,12 @@ class KernelRegression:
         Raises
         ------
         ConfigError
-            If shapes do not fit, or there are no targets. A class that training does not have counts as wrong.
+            If shapes do not fit, or there are no targets.
+
+        Warns
+        -----
+        UserWarning
+            If test samples are of a class that training does not have, which counts as wrong.
         """
         if y is None:
             if not isinstance(test_kernel, KernelSet):
@@ -265,6 +270,8 @@ class KernelRegression:
         wanted = encode_test(y, self._targets)
         if wanted.matrix.shape != outputs.shape:
             raise ConfigError(f"targets of shape {np.shape(y)} for predictions of shape {outputs.shape}")
+        if wanted.note:
+            warnings.warn(wanted.note.removeprefix("; "), stacklevel=2)
         accuracy = wanted.accuracy(outputs)
         return _r_squared(outputs, wanted) if accuracy is None else accuracy
 

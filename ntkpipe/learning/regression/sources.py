@@ -119,10 +119,13 @@ class CrossKernel:
         real_dtype(_NAME, shape, dtype_of(self._matrix))
         if len(shape) != 2 or shape[1] != num_columns or not shape[0] or shape[0] % width:
             samples = f", {width} rows a sample" if width > 1 else ""
-            turned = "; is it train × test? Then give its transpose" if shape[:1] == (num_columns,) else ""
+            is_turned = len(shape) == 2 and shape[0] == num_columns
+            advice = "; is it train × test? Then give its transpose" if is_turned else ""
+            if shape == (num_columns,) and width == 1:
+                advice = "; of one test sample give kernel[None]"
             raise ConfigError(
                 f"a test kernel of shape {shape}; needed (test rows, {num_columns}), a column for each row of the "
-                f"train kernel{samples}{turned}"
+                f"train kernel{samples}{advice}"
             )
         self.num_rows = shape[0]
         self.num_samples = shape[0] // width

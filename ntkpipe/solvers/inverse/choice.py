@@ -120,7 +120,7 @@ def find_inverse(
     """
     n = operator.num_rows
     if eigenpairs is not None and method in {"auto", "eigh"}:
-        return ByEigenpairs(operator, check_eigenpairs(operator, eigenpairs), "all eigenpairs were given")
+        return ByEigenpairs(operator, check_eigenpairs(operator, eigenpairs), "all eigenpairs were given", tol)
     fits = {"eigh": eigenpairs_fit(n, budget), "cholesky": path is not None or budget.fits(bytes_of_cholesky(n))}
     costs = {"eigh": _OF_EIGENPAIRS, "cholesky": len(ridges) * (_OF_FACTOR + (_OF_BLOCKS if with_blocks else 0.0))}
     if 0.0 in ridges:  # only eigenpairs solve with a singular matrix
@@ -136,7 +136,7 @@ def find_inverse(
         if path is not None:
             why = f"a factor in {path}"
     if chosen == "eigh":
-        return ByEigenpairs.of(operator, budget, monitor, why)
+        return ByEigenpairs.of(operator, budget, monitor, why, tol)
     if chosen == "cholesky":
         return ByFactors(operator, tol, budget, monitor, why, path)
     return ByPasses(operator, tol=tol, seed=seed, budget=budget, monitor=monitor, why=why)

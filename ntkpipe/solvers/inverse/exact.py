@@ -52,10 +52,10 @@ class ByEigenpairs(Inverse):
     """
 
     method = "eigh"
-    _tol = 1.0
 
-    def __init__(self, operator: Operator, pairs: Eigenpairs, why: str) -> None:
+    def __init__(self, operator: Operator, pairs: Eigenpairs, why: str, tol: float = 1.0) -> None:
         super().__init__(operator)
+        self._tol = tol  # of residuals, for which ridges are advised
         self.values, self.vectors, self.why = np.asarray(pairs.eigenvalues, np.float64), pairs.vectors, why
         if not pairs.is_whole:
             with_shape = f"eigenpairs with vectors of shape {pairs.vectors.shape} for {operator.num_rows} rows"
@@ -66,10 +66,8 @@ class ByEigenpairs(Inverse):
 
     @classmethod
     def of(cls, operator: Operator, budget: Budget, monitor: Monitor, why: str, tol: float = 1.0) -> "ByEigenpairs":
-        """All eigenpairs are computed; ridges are advised for residuals of ``tol``."""
-        found = cls(operator, eigh(operator, memory_limit=budget, monitor=monitor), why)
-        found._tol = tol
-        return found
+        """All eigenpairs are computed."""
+        return cls(operator, eigh(operator, memory_limit=budget, monitor=monitor), why, tol)
 
     def weights(self, ridge: float) -> tuple[FloatArray, NDArray[np.bool_]]:
         """Eigenvalues of ``(K + λI)⁺``, and which of K's count: at λ = 0 those beyond the cut-off."""

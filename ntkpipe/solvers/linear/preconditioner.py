@@ -17,6 +17,7 @@ from ntkpipe.base.operator import Operator, Work
 from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.solvers.checkpoint import Stages, as_work
+from ntkpipe.solvers.probe_lanczos import lowest_eigenvalue
 from ntkpipe.store.results import as_number
 
 _MOST_RANK = 1000
@@ -197,7 +198,14 @@ def _by_product(operator: Operator, rank: int, *, rng: np.random.Generator) -> _
     product = operator.matmat(test)
     if not np.isfinite(product).all():
         raise NonFiniteError("the matrix holds NaN or infinity")
-    factor, shift = _shifted_factor(test, product)
+    found = _shifted_factor(test, product)
+    if found is None:
+        lowest = lowest_eigenvalue(operator)
+        raise ConfigError(
+            f"the matrix is far from positive semi-definite, and has no Nyström approximation: {lowest.words}. Give "
+            f"preconditioner='rpcholesky', and an absolute ridge of at least {lowest.ridge():.2g}"
+        )
+    factor, shift = found
     vectors, values = _left_singular(factor)
     values = values - shift
     kept = values > max(_NOISE**2 * shift, storage_floor)
@@ -205,8 +213,8 @@ def _by_product(operator: Operator, rank: int, *, rng: np.random.Generator) -> _
     return np.ascontiguousarray(vectors[:, kept]), values[kept], max(tail, storage_floor), shift
 
 
-def _shifted_factor(test: FloatArray, product: FloatArray) -> tuple[FloatArray, float]:
-    """Return F, with F F' the Nyström approximation of K + shift I, and the shift."""
+def _shifted_factor(test: FloatArray, product: FloatArray) -> tuple[FloatArray, float] | None:
+    """Return F, with F F' the Nyström approximation of K + shift I, and the shift; none if no small one will do."""
     size = float(np.linalg.norm(product))
     if size == 0.0:
         return np.zeros_like(product), 0.0
@@ -226,7 +234,7 @@ def _shifted_factor(test: FloatArray, product: FloatArray) -> tuple[FloatArray, 
         for rows in runs(len(product), _ROWS_AT_ONCE):
             factor[rows] = _solve_rows(lower, product[rows] + shift * test[rows])
         return factor, shift
-    raise ConfigError("the matrix is far from positive semi-definite; needed a kernel: it has no Nyström approximation")
+    return None
 
 
 def _left_singular(factor: FloatArray) -> tuple[FloatArray, FloatArray]:

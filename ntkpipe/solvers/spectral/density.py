@@ -13,7 +13,7 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.operators.blas import single_threaded_blas
-from ntkpipe.solvers.eigenpairs import Eigenpairs
+from ntkpipe.solvers.eigenpairs import Eigenpairs, pairs_of
 from ntkpipe.solvers.probe_lanczos import QuadratureRule, gauss_rule
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore, recorded
 from ntkpipe.solvers.spectral.krylov import Sampler, Sampling
@@ -228,9 +228,7 @@ def _exact_pairs(top: Eigenpairs | None, num_rows: int) -> tuple[FloatArray, Flo
     """Check eigenpairs; values are returned in descending order."""
     if top is None:
         return np.zeros(0), None
-    values, vectors = np.array(top.eigenvalues, np.float64), np.asarray(top.eigenvectors, np.float64)
-    if vectors.shape != (num_rows, len(values)):
-        raise ConfigError(f"top has eigenvectors of shape {vectors.shape}; needed ({num_rows}, {len(values)})")
+    values, vectors = pairs_of("top", top, num_rows)
     gap = float(np.abs(vectors.T @ vectors - np.eye(len(values))).max(initial=0.0))
     if not gap <= 1e-8:
         raise ConfigError(f"eigenvectors of top are orthonormal to {gap:.2g} only; needed 1e-8")

@@ -229,11 +229,13 @@ class _Sampling(Sampler):
             advice = f"{self.limit} ended it; give more steps or a preconditioner"
             return "step limit", f"{said}, most of it truncation: {advice}"
         if error > self._tol:
-            factor = min(self.standard_error / max(wanted - self.truncation, 1e-3 * wanted + 1e-300), 1e150) ** 2
-            return (
-                "not converged",
-                f"{said}, most of it Monte-Carlo error; give {max(factor, 1.1):.2g} times the probes",
-            )
+            # An error that is estimated by few probes may be larger by a third.
+            left = max(wanted - self.truncation, 0.5 * wanted)
+            factor = 2.0 * (self.standard_error / max(left, self.standard_error * 1e-9)) ** 2
+            advice = f"give {factor:.2g} times the probes"
+            if factor * len(self.samples) > self._operator.num_rows:
+                advice += ", or take a factor, which is exact: ntkpipe.logdet with method='cholesky'"
+            return "not converged", f"{said}, most of it Monte-Carlo error; {advice}"
         return "converged", f"{said}, at most the {self._tol:.2g} n asked for"
 
 

@@ -188,6 +188,7 @@ def test_wrong_input_is_named(rng: np.random.Generator, tmp_path: Path) -> None:
         ({"ridge": -1.0}, "ridge=-1"),
         ({"test_kernel": cross}, "without the diagonal"),
         ({"test_kernel": cross, "test_diagonal": diagonal[1:]}, "test_diagonal of shape"),
+        ({"test_kernel": cross, "test_diagonal": diagonal - 100.0}, "test_diagonal reaches -.*needed variances"),
         ({"method": "streamed", "path": tmp_path}, "path is an option"),
         ({"test_kernel": cross, "test_diagonal": diagonal, "initial_outputs": np.zeros(30)}, "one of train and test"),
     ):
@@ -198,3 +199,5 @@ def test_wrong_input_is_named(rng: np.random.Generator, tmp_path: Path) -> None:
         calibration(found, np.zeros(8))
     with pytest.raises(ConfigError, match="levels=2"):
         calibration(found, np.zeros(9), levels=[2.0])
+    with pytest.raises(ConfigError, match=r"classes: 'names\.npy' is text or a path"):
+        calibration(found, np.zeros(9), classes="names.npy")

@@ -6,6 +6,7 @@ from matrices import matrix_with_spectrum, power_law, spectra
 
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.operators.dense import DenseOperator
+from ntkpipe.solvers.inverse.solve import solve
 from ntkpipe.solvers.linear.preconditioner import default_rank, nystrom, preconditioner_of, randomly_pivoted_cholesky
 
 METHODS = ("rpcholesky", "nystrom")
@@ -170,8 +171,17 @@ def test_wrong_options_are_refused(method):
         make(np.eye(3), method, ridge=-1.0)
     with pytest.raises(ConfigError, match="ridge=nan"):
         make(np.eye(3), method).for_ridge(float("nan"))
-    with pytest.raises(ConfigError, match="far from positive"):
-        make(-np.eye(3), "nystrom")
+
+
+@pytest.mark.parametrize("spectrum", [[-1.0] * 12, -np.geomspace(1e-3, 5.0, 12), [*[-2.0] * 11, 0.5]])
+def test_advice_where_there_is_no_nystrom_approximation(spectrum):
+    matrix, right = matrix_with_spectrum(spectrum), np.arange(12.0)
+    with pytest.raises(ConfigError, match=r"far from positive.*at most -.*preconditioner='rpcholesky'") as caught:
+        make(matrix, "nystrom")
+    ridge = float(str(caught.value).split("at least ")[1])
+    found = solve(matrix, right, ridge=ridge, method="pcg", preconditioner="rpcholesky", task="regression", tol=1e-12)
+    assert found.is_converged
+    np.testing.assert_allclose(found.coefficients, np.linalg.solve(matrix + ridge * np.eye(12), right), atol=1e-9)
 
 
 def test_nan_in_the_matrix_is_an_error():

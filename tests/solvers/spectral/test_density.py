@@ -87,7 +87,7 @@ def test_exact_pairs_may_be_nearly_all_or_all(k):
 
 def test_top_pairs_that_do_not_fit_are_refused():
     matrix = np.eye(4)
-    with pytest.raises(ConfigError, match=r"shape \(3, 1\); needed \(4, 1\)"):
+    with pytest.raises(ConfigError, match=r"top .*shape \(3, 1\); needed .*\(4, k\)"):
         density(matrix, top=SimpleNamespace(eigenvalues=np.ones(1), eigenvectors=np.ones((3, 1))))
     with pytest.raises(ConfigError, match="orthonormal to 3"):
         density(matrix, top=SimpleNamespace(eigenvalues=np.ones(1), eigenvectors=np.ones((4, 1))))
@@ -162,3 +162,9 @@ def test_monitors_are_called_after_each_pass_and_end_it_by_raising():
 def test_numbers_out_of_range_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         density(np.eye(4), **options)
+
+
+@pytest.mark.parametrize("top", ["abc", 3, np.ones(2), {}, SimpleNamespace(eigenvalues=np.ones(2))])
+def test_what_are_no_pairs_is_named(top):
+    with pytest.raises(ConfigError, match=r"^top.*needed both, as ntkpipe.eigh or ntkpipe.eigsh return"):
+        density(np.eye(4), top=top)

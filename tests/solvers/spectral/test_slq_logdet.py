@@ -9,7 +9,7 @@ from matrices import matrix_with_spectrum, power_law, spectra
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.operators.dense import DenseOperator
 from ntkpipe.solvers.linear.preconditioner import randomly_pivoted_cholesky
-from ntkpipe.solvers.spectral.logdet import slq_logdet
+from ntkpipe.solvers.spectral.logdet import logdet, slq_logdet
 
 
 def plain_logdet(matrix, **options):
@@ -182,3 +182,17 @@ def test_a_preconditioner_may_be_made_before_for_another_ridge():
 def test_numbers_out_of_range_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         slq_logdet(np.eye(4), **options)
+
+
+def test_more_probes_than_a_factor_costs_are_not_the_only_advice():
+    values = np.geomspace(1e-12, 1.0, 40)
+    matrix = matrix_with_spectrum(values)
+    found = plain_logdet(matrix, tol=1e-4)
+    assert "method='cholesky'" in found.message
+    assert logdet(matrix, method="cholesky").value == pytest.approx(np.log(values).sum(), rel=1e-3)
+    few = plain_logdet(matrix_with_spectrum(power_law(300, condition=1e4)), tol=0.02, num_probes=8)
+    factor = float(few.message.split("give ")[1].split(" times")[0])
+    assert 1.0 < factor < 300 / 8
+    assert "cholesky" not in few.message
+    more = plain_logdet(matrix_with_spectrum(power_law(300, condition=1e4)), tol=0.02, num_probes=int(8 * factor) + 1)
+    assert more.is_converged
