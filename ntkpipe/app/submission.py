@@ -15,6 +15,7 @@ from distributed import Client, Future, fire_and_forget, get_worker, secede
 
 from ntkpipe.base.config import load_workflow
 from ntkpipe.base.errors import ClusterError, ConfigError, StoreError, StoreNotFoundError
+from ntkpipe.base.progress import note_if_slow
 from ntkpipe.base.tables import TableRows
 from ntkpipe.executors import connect
 from ntkpipe.executors.dask import TOPIC
@@ -49,8 +50,9 @@ def submit(
             _drive, code, path.name, [*overrides, f"store={store}"], mode, grow, key, key=key, pure=False
         )
         fire_and_forget(future)
-        while not future.done() and len(_announced(client, store)) == seen:
-            sleep(_POLL_SECONDS)
+        with note_if_slow(f"the driver has begun no block of {store} yet"):
+            while not future.done() and len(_announced(client, store)) == seen:
+                sleep(_POLL_SECONDS)
         if future.done():
             future.result()
         rows = [("driver", key), ("store", store), ("dashboard", client.dashboard_link)]

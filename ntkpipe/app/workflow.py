@@ -14,6 +14,7 @@ from ntkpipe.base.arguments import check_options, options_of, require_known
 from ntkpipe.base.config import Budget, RunSpec, StepSpec, Workflow, load_workflow
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.imports import call_factory, import_object
+from ntkpipe.base.progress import note_if_slow
 from ntkpipe.base.resources import format_bytes, format_seconds
 from ntkpipe.base.tables import TableRows
 from ntkpipe.build.compute import PlannedKernel, compute_kernel, plan_kernel, repair, verify
@@ -66,14 +67,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     for step in workflow.steps:
         _check_step(step, str(path))
     folder = path.resolve().parent
-    data = call_factory(workflow.data.factory, workflow.data.arguments, folder)
+    with note_if_slow(f"data.factory {workflow.data.factory} is at work"):
+        data = call_factory(workflow.data.factory, workflow.data.arguments, folder)
     if not isinstance(data, Mapping) or "inputs" not in data or not set(data) <= set(_DATA_KEYS):
         found = f"the keys {', '.join(map(repr, data))}" if isinstance(data, Mapping) else type(data).__name__
         raise ConfigError(
             f"data.factory {workflow.data.factory} returned {found}; needed a mapping with 'inputs' and, if there are "
             "any, 'targets', 'test_inputs', 'test_targets'"
         )
-    model = call_factory(workflow.model.factory, workflow.model.arguments, folder)
+    with note_if_slow(f"model.factory {workflow.model.factory} is at work"):
+        model = call_factory(workflow.model.factory, workflow.model.arguments, folder)
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model.factory {workflow.model.factory} returned {type(model).__name__}; needed a torch.nn.Module"

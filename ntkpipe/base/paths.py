@@ -9,20 +9,21 @@ from urllib.parse import unquote, urlsplit
 from ntkpipe.base.errors import ConfigError
 
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
+_URL = re.compile(r"[A-Za-z][\w+.-]+:/")  # pathlib takes one of two slashes away
 
 
 def local_path(given: str | os.PathLike[str]) -> Path:
     """The path that is meant: ``~`` expanded, a ``file://`` URL without its beginning."""
     text = os.fsdecode(given)
-    if text.startswith("file://"):
+    if is_file_url(text):
         parts = urlsplit(text)
         if parts.netloc not in {"", "localhost"} or not parts.path.startswith("/"):
             raise ConfigError(f"{text!r} names another machine or no full path; needed file:///folder/name, or a path")
         text = unquote(parts.path)
-    if "://" in text:
-        raise ConfigError(f"{text!r} is a URL; needed a path of this machine")
     path = os.path.expanduser(text)
     top = Path(path).parts[:1]
+    if _URL.match(text) and not os.path.lexists(top[0]):
+        raise ConfigError(f"{text!r} is a URL; needed a path of this machine")
     if not path or "\0" in path:
         raise ConfigError(f"the path {text!r} {'holds a zero byte' if path else 'is empty'}; needed the path of a file")
     if path.startswith("~") and not os.path.lexists(top[0]):
@@ -30,6 +31,11 @@ def local_path(given: str | os.PathLike[str]) -> Path:
     if _VARIABLE.match(path) and not os.path.lexists(top[0]):
         raise ConfigError(f"{text!r}: a shell replaces {top[0]}, and nothing has here; give os.path.expandvars(path)")
     return Path(path)
+
+
+def is_file_url(text: str) -> bool:
+    """Whether this is a URL of a file of this machine."""
+    return text[:6].lower() == "file:/"
 
 
 def obstacle(path: Path, *, writes: bool = False, kind: str = "folder") -> str:
@@ -75,7 +81,8 @@ def _kind(mode: int) -> str:
 
 def said(error: BaseException) -> str:
     """Words of an error, as a part of a longer message: without a full stop; its type where it has none."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+    if isinstance(error, OSError) and error.strerror:
         words = error.strerror[:1].lower() + error.strerror[1:]
-        return f"{words}: {os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}"
+        # Of an open file there is only its number.
+        return f"{words}: {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else words
     return str(error).strip().rstrip(".") or type(error).__name__

@@ -19,15 +19,22 @@ _FEWEST_FOR_FORECAST = 4
 
 
 @contextmanager
-def note_if_slow(words: str) -> Iterator[None]:
-    """Print a line if what is inside takes more than a few seconds."""
-    timer = threading.Timer(_SILENT_SECONDS, print, (words,), {"file": sys.stderr, "flush": True})
-    timer.daemon = True
-    timer.start()
+def note_if_slow(words: str, *, after: float = _SILENT_SECONDS) -> Iterator[None]:
+    """Print a line if what is inside takes more than a few seconds, and again every few seconds."""
+    start, ended = monotonic(), threading.Event()
+
+    def speak() -> None:
+        pause, passed = after, ""
+        while not ended.wait(pause):
+            print(f"{words}{passed}", file=sys.stderr, flush=True)
+            pause = _SECONDS_BETWEEN_LINES - 1
+            passed = f" ({monotonic() - start + pause:.0f} s)"
+
+    threading.Thread(target=speak, name="note", daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
+        ended.set()
 
 
 def _rate(speed: float, unit: str) -> str:

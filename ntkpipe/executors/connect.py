@@ -3,10 +3,13 @@
 import asyncio
 import contextlib
 import importlib.util
+import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import dask
@@ -15,12 +18,13 @@ from distributed.core import rpc
 
 from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError, ConfigError
-from ntkpipe.base.paths import said
 from ntkpipe.base.progress import note_if_slow
 from ntkpipe.base.resources import available_memory, num_cores
+from ntkpipe.executors.preflight import why_silent
 
 LOCAL = "local"
 
+_HOST_AND_PORT = re.compile(r"[\w.-]+:\d+")
 _LOOPBACK = "127.0.0.1"
 _DASHBOARD_PORT = 8787
 _SHARE_OF_MEMORY = 0.7
@@ -40,19 +44,34 @@ _SETTINGS = {
 def connect(scheduler: str, run: RunSpec = RunSpec(), *, num_gpus: int = 0) -> Iterator[Client]:  # noqa: B008 - frozen
     """Connect a client to a cluster until the context is left; a local one has the run's workers and is closed then."""
     if scheduler != LOCAL:
-        with _join(scheduler) as client:
+        with _join(_address(scheduler)) as client:
             yield client
         return
-    with dask.config.set(_SETTINGS), _start(run, num_gpus) as cluster, Client(cluster, set_as_default=False) as client:
-        yield client
+    with dask.config.set(_SETTINGS), contextlib.ExitStack() as stack:
+        with note_if_slow("processes of this machine are starting"):
+            cluster = stack.enter_context(_start(run, num_gpus))
+        yield stack.enter_context(Client(cluster, set_as_default=False))
+
+
+def _address(scheduler: str) -> str:
+    """The address that is given, or that is in a file of ``dask scheduler --scheduler-file``."""
+    if "://" in scheduler:
+        return scheduler.strip().rstrip("/")
+    if _HOST_AND_PORT.fullmatch(scheduler):
+        return f"tcp://{scheduler}"
+    found = ""
+    try:
+        if os.path.isfile(scheduler):
+            return str(json.loads(Path(scheduler).read_bytes())["address"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = f", a file that names no scheduler ({error!r})"
+    raise ConfigError(
+        f"scheduler={scheduler!r}{found}; needed an address such as 'tcp://host:8786' or 'tls://host:8786', the file "
+        "of `dask scheduler --scheduler-file`, or 'local' for processes of this machine"
+    )
 
 
 def _join(scheduler: str) -> Client:
-    if "://" not in scheduler:
-        raise ConfigError(
-            f"scheduler={scheduler!r}; needed an address such as 'tcp://host:8786' or 'tls://host:8786', or 'local' "
-            "for processes of this machine"
-        )
     certificate = Security().get_tls_config_for_role("client")
     if scheduler.startswith("tls://") and not (certificate["ca_file"] and certificate["cert"]):
         # Dask's client would notice, but then hang for a minute when the process ends.
@@ -70,18 +89,12 @@ def _join(scheduler: str) -> Client:
                 return Client(scheduler, timeout=_CONNECT_SECONDS, set_as_default=False)
         reason, cause = f"a {kind} answers there", None
     except Exception as error:  # noqa: BLE001 - no answer, an unknown protocol, another certificate, bytes of a web server
-        cause, first = error, _first_cause(error)
-        reason = f"no answer in {_CONNECT_SECONDS} seconds" if isinstance(first, TimeoutError) else said(first)
+        cause, reason = error, why_silent(error, _CONNECT_SECONDS)
     raise ClusterError(
         f"cannot join the scheduler at {scheduler}: {reason}. Is it running (`dask scheduler`), reachable from here, "
-        "is this its port (8786 by default; 8787 is its dashboard), and, for tls://, do Dask's settings "
-        "distributed.comm.tls name this client's certificate?"
+        "are these its protocol (tcp:// or tls://) and its port (8786 by default; 8787 is its dashboard), and, for "
+        "tls://, do Dask's settings distributed.comm.tls name this client's certificate?"
     ) from cause
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """Such as a refused connection, or a name that nobody knows."""
-    return error if error.__cause__ is None else _first_cause(error.__cause__)
 
 
 async def _kind_of(address: str) -> str:

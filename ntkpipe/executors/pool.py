@@ -33,6 +33,8 @@ Found = TypeVar("Found")
 POLL_SECONDS = 1.0
 _SAY_SECONDS = 4.0  # without workers, after which that is said
 WAIT_SECONDS = 600.0  # without workers, or without a scheduler, that end a run
+_HOST_SECONDS = 20  # how long a worker may take to name its host, for which it needs nothing of this package
+_REPORT_SECONDS = 600  # and for its report: many may import torch from one disk
 _PAUSED_SECONDS = 30.0  # how long to wait for a worker that Dask has paused for lack of memory
 _SHARED_HINT = (
     "It must be at the same path on a disk that all of them share, or a URL of an object store with credentials in "
@@ -65,34 +67,55 @@ class WorkerPool(Generic[Task]):
         self._count = count()
         self._paused: dict[str, float] = {}  # since when, by address
         self._pending: dict[Future[Any], tuple[Task, str]] = {}  # with the address of a worker, if it is for one
-        self._alone_since, self._has_said = inf, False
+        self._alone_since, self._said_at = inf, -inf
         self._ended: queue.SimpleQueue[tuple[Future[Any], Any] | None] = queue.SimpleQueue()
 
     def ask(
         self, question: Callable[..., Found], *arguments: Any, workers: list[str] | None = None
     ) -> dict[str, Report[Found]]:
         """Call a function in workers, in all if none are given, busy or not; those that die meanwhile are left out."""
+        options: Any = {"on_error": "return", "callback_timeout": _REPORT_SECONDS}
         with note_if_slow("workers are asked what they have, and have not answered yet"):
-            replies: Mapping[str, Any] = self.client.run(
-                _report, question, arguments, workers=workers, on_error="return"
-            )
+            hosts = self._hosts(workers or list(self.client.nthreads()))
+            try:
+                run = self.client.run
+                replies = self.client.sync(run, _report, question, arguments, workers=list(hosts), **options)
+            except TimeoutError:
+                raise ClusterError(f"workers have not answered in {_REPORT_SECONDS} seconds; look at their logs") from None
         failed = {address: reply for address, reply in replies.items() if isinstance(reply, BaseException)}
         # Dask reports a worker that no longer answers by an OSError, maybe before the scheduler misses it.
         if any(isinstance(error, OSError) for error in failed.values()):
             sleep(POLL_SECONDS)
             there = self.client.nthreads()
             failed = {address: e for address, e in failed.items() if address in there or not isinstance(e, OSError)}
-        if failed:  # the name of a host needs nothing of this package
-            hosts = self.client.run(socket.gethostname, workers=list(failed), on_error="return")
-            names = sorted({host for host in hosts.values() if isinstance(host, str)})
-            where = f" on {', '.join(names)}" if names else ""
+        if failed:
+            names = ", ".join(sorted({hosts[address] for address in failed}))
             address, error = next(iter(failed.items()))
-            raise _failure(f"{len(failed)} of {len(replies)} workers{where} fail, the first at {address}", error)
+            raise _failure(f"{len(failed)} of {len(replies)} workers on {names} fail, the first at {address}", error)
         reports = {address: each for address, each in replies.items() if isinstance(each, Report)}
         here = f"{socket.gethostname()} (this process)", version("ntkpipe")
         if found := differing([here, *((each.host, each.version) for each in reports.values())]):
             raise ClusterError(f"versions of ntkpipe differ: {found}; install the same one everywhere")
         return reports
+
+    def _hosts(self, addresses: list[str]) -> dict[str, str]:
+        """Names of workers' hosts; raises ClusterError for workers that are there, but do not answer."""
+
+        async def named(address: str) -> Any:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_HOST_SECONDS):
+                    return (await self.client.run(socket.gethostname, workers=[address], on_error="return"))[address]
+
+        async def all_named() -> list[Any]:
+            return await asyncio.gather(*map(named, addresses))
+
+        found = dict(zip(addresses, self.client.sync(all_named), strict=True))
+        if silent := [address for address, host in found.items() if host is None]:
+            raise ClusterError(
+                f"{len(silent)} of {len(found)} workers do not answer in {_HOST_SECONDS} seconds, the first at "
+                f"{silent[0]}: its process hangs, or its network does. End it there, or start it again"
+            )
+        return {address: host for address, host in found.items() if isinstance(host, str)}
 
     def require_shared(
         self, what: str, question: Callable[..., str], *arguments: Any, workers: list[str] | None = None
@@ -127,7 +150,7 @@ class WorkerPool(Generic[Task]):
         """Note whether there are workers: says so if there are none for a while, and ends where none will come."""
         now = monotonic()
         if is_there:
-            self._alone_since, self._has_said = inf, False
+            self._alone_since = inf
             return True
         self._alone_since = min(self._alone_since, now)
         if self.client.status not in {"connecting", "running"} or now - self._alone_since > WAIT_SECONDS:
@@ -136,8 +159,8 @@ class WorkerPool(Generic[Task]):
                 "Every finished tile is stored; once it is there again, the same call or command goes on from there, "
                 "and a solver from its checkpoint if there is one"
             )
-        if not self._has_said and now - self._alone_since > _SAY_SECONDS:
-            self._has_said = True
+        if now - max(self._alone_since, self._said_at) > _SAY_SECONDS:
+            self._said_at = now
             minutes = f"{WAIT_SECONDS / 60:.0f} minutes"
             print(f"the cluster has no workers; waiting up to {minutes} for some to join", file=sys.stderr, flush=True)
         return False

@@ -1,6 +1,6 @@
 """Before anything is done on a cluster: its scheduler answers, has this package, and workers that answer, too."""
 
-import sys
+import asyncio
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from importlib.metadata import version
@@ -25,6 +25,14 @@ _QUEUE_SECONDS = 600.0  # and where a cluster starts them: they may wait in the 
 _WAIT_SETTING = "ntkpipe.wait-for-workers"  # of Dask's configuration: a time that replaces both
 _RESTART_SECONDS = 3.0  # how long a nanny takes to start a worker again
 _GONE = (OSError, CancelledError, RuntimeError, ClosedClientError)  # what Dask says of a scheduler that is gone
+
+
+def why_silent(error: BaseException, seconds: float) -> str:
+    """Why a scheduler does not answer."""
+    while error.__cause__ is not None:  # such as a refused connection, or a name that nobody knows
+        error = error.__cause__
+    is_late = isinstance(error, TimeoutError | CancelledError | asyncio.CancelledError)
+    return f"no answer in {seconds:.0f} seconds" if is_late else said(error)
 
 
 def ask_all(client: object, ask: Callable[[], dict[str, Answer]]) -> dict[str, Answer]:
@@ -52,7 +60,8 @@ def require_workers(client: object) -> set[str]:
     """
     if not isinstance(client, Client) or client.asynchronous:
         raise ConfigError(
-            f"client={client!r}; needed a distributed.Client with asynchronous=False, such as Client('tcp://host:8786')"
+            f"client={client!r}; needed a distributed.Client with asynchronous=False, such as Client('tcp://host:8786') "
+            "or Client(cluster)"
         )
     if client.status not in {"running", "connecting"}:
         raise ClusterError(f"the client is {client.status}; make a new one, as Client('tcp://host:8786')")
@@ -65,11 +74,11 @@ def require_workers(client: object) -> set[str]:
         raise
     except _GONE as error:
         raise ClusterError(
-            f"the scheduler at {address} does not answer: {said(error)}. Is it running "
+            f"cannot use the scheduler at {address}: {why_silent(error, _SCHEDULER_SECONDS)}. Is it running "
             "(`dask scheduler`), and reachable from here? Make a new client once it is"
         ) from error
     try:
-        there = client.run_on_scheduler(version, "ntkpipe")
+        there = client.run_on_scheduler(_version)
     except Exception as error:  # whatever happens there comes back as it is
         raise ClusterError(
             f"the scheduler at {address} cannot import ntkpipe ({error!r}); install ntkpipe[cluster] there"
@@ -82,6 +91,11 @@ def require_workers(client: object) -> set[str]:
 def address_of(client: Client) -> str:
     """Address of the client's scheduler."""
     return str(getattr(client.scheduler, "address", None))
+
+
+def _version() -> str:
+    """Version of this package at the scheduler, which must import this module for it."""
+    return version("ntkpipe")
 
 
 def _running(client: Client) -> set[str]:
@@ -97,23 +111,21 @@ def _first(client: Client, address: str) -> set[str]:
     is_scaling = bool(getattr(cluster, "requested", None) or getattr(cluster, "_adaptive", None))
     seconds = parse_timedelta(given) if given else _QUEUE_SECONDS if is_scaling else _WAIT_SECONDS
     start_one = f"`dask worker {address} --nthreads 1`"
-    print(
-        f"{address} has no workers yet; waiting up to {seconds:.0f} seconds for one ({start_one} starts one)",
-        file=sys.stderr,
-        flush=True,
-    )
+    waiting = f"{address} has no workers yet; waiting up to {seconds:.0f} seconds for one ({start_one} starts one)"
     deadline = monotonic() + seconds
     # A cluster that adapts starts workers where there is something to do.
     wanted = client.submit(abs, 0, key=f"ntkpipe-wanted-{uuid4().hex}", pure=False)
     try:
-        while not (found := _running(client)):
-            if monotonic() > deadline:
-                raise ClusterError(
-                    f"no worker joined {address} in {seconds:.0f} seconds; start some with {start_one}, and look at "
-                    "the logs of those that you started. Where they wait in a queue, call client.wait_for_workers(1) "
-                    "first, or set DASK_NTKPIPE__WAIT_FOR_WORKERS='10 minutes' in the environment"
-                )
-            sleep(0.2)
+        with note_if_slow(waiting, after=0):
+            while not (found := _running(client)):
+                if monotonic() > deadline:
+                    raise ClusterError(
+                        f"no worker joined {address} in {seconds:.0f} seconds; start some with {start_one}, and look "
+                        "at the logs of those that you started. Where they wait in a queue, set "
+                        "DASK_NTKPIPE__WAIT_FOR_WORKERS='10 minutes' in the environment, or in Python call "
+                        "client.wait_for_workers(1) first"
+                    )
+                sleep(0.2)
     finally:
         wanted.release()
     return found

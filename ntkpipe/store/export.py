@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arguments import checked
-from ntkpipe.base.errors import ConfigError, StoreExistsError, nearest
-from ntkpipe.base.paths import local_path
+from ntkpipe.base.errors import ConfigError, StoreError, StoreExistsError, nearest
+from ntkpipe.base.paths import local_path, obstacle
 from ntkpipe.base.progress import Ticks
 from ntkpipe.store.chunks import StoredArray, require_complete
 from ntkpipe.store.kernel import Kernel
 from ntkpipe.store.kernel_store import KernelStore, open_kernel
 from ntkpipe.store.layout import ArrayLayout, Index
-from ntkpipe.store.media.folder import Folder
+from ntkpipe.store.media.folder import Folder, partial_beside
 from ntkpipe.store.media.medium import writing
 from ntkpipe.store.store import Store
 
@@ -70,12 +69,14 @@ def export_kernel(
     target = local_path(path)
     if target.suffix not in _WRITERS:
         raise ConfigError(f"{target} ends in {target.suffix!r}; needed {' or '.join(map(repr, _WRITERS))}")
-    if target.exists() or target.is_symlink():
+    if os.path.lexists(target):
         raise StoreExistsError(f"{target} exists; choose another path, or remove it first")
+    if why := obstacle(target, writes=True):
+        raise StoreError(f"cannot write {target}: {why}; choose another path")
     require_complete([source], "the export")
     beside = Folder(target.parent)
     beside.require_room(math.prod(source.layout.shape) * source.layout.dtype.itemsize, str(target))
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial") / "array"
+    partial = partial_beside(target) / "array"
     count, grid = source.layout.num_chunks, source.layout.grid
     with writing(beside), Ticks(count, what="export", unit="chunk", enabled=progress) as ticks:
         partial.parent.mkdir(parents=True)

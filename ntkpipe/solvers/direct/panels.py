@@ -17,11 +17,12 @@ from ntkpipe.base.resources import format_bytes
 from ntkpipe.operators.tiles import TileReader
 from ntkpipe.solvers.direct.triangular import solve_bytes
 from ntkpipe.store.chunks import StoredArray
-from ntkpipe.store.documents import DOCUMENT, group_attributes, group_document
+from ntkpipe.store.documents import DOCUMENT, group_document
 from ntkpipe.store.layout import ArrayLayout
 from ntkpipe.store.media.medium import Medium, writing
 from ntkpipe.store.media.opening import medium_at
 from ntkpipe.store.results import ArrayFolder, as_integer, as_number
+from ntkpipe.store.store import read_group
 
 _ITEM = 8
 _CHUNK_BYTES = 32 * 2**20
@@ -249,6 +250,10 @@ class FactorState:
         return cls(matrix, ridge, jitter, shape, tuple(pivots))
 
 
+def _is_ours(name: str) -> bool:
+    return name.startswith((DOCUMENT, f"{_GROUP}/"))
+
+
 class FactorFolder:
     """The group ``cholesky`` below a path: its attributes are the state, its array ``lower`` the panels."""
 
@@ -260,10 +265,10 @@ class FactorFolder:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Lock the folder where the medium has locks, and remove what a killed writer left."""
+        if self._is_foreign():
+            raise StoreExistsError(f"{self.root} holds something else; give the factor a path of its own")
         with writing(self.medium):
             self.medium.put_new(DOCUMENT, group_document({}))
-        if group_attributes(self.medium.get(DOCUMENT), str(self.medium.address(DOCUMENT))):
-            raise StoreExistsError(f"{self.root} holds something else; give the factor a path of its own")
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(self.medium.exclusive())
@@ -272,9 +277,16 @@ class FactorFolder:
             except StoreError:
                 pass  # no locks: two writers of one factor are harmless, since they write the same
             else:
-                for name in self.medium.leftovers():
+                for name in filter(_is_ours, self.medium.leftovers()):
                     self.medium.delete(name)
             yield
+
+    def _is_foreign(self) -> bool:
+        """Whether there is anything but a factor, or what a kill leaves while its group is made."""
+        if read_group(self.medium):
+            return True
+        has_factor = self.medium.size(f"{_GROUP}/{DOCUMENT}") is not None
+        return not has_factor and not all(_is_ours(name) for name, _ in self.medium.sizes(""))
 
     def load(self) -> FactorState | None:
         """Read the state; none if there is no factor yet."""

@@ -26,6 +26,11 @@ _DEEPEST = 70  # listed levels; the chunks of an array of 64 axes, numpy's maxim
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
+def partial_beside(path: Path) -> Path:
+    """Where a file is written before it gets its name, which may be as long as a name can be."""
+    return path.with_name(f"{path.name[:40]}.{uuid.uuid4().hex}{_PARTIAL}")
+
+
 def _size_of_file(look: Callable[[], os.stat_result]) -> int | None:
     """Bytes of a regular file, or None for anything else, dangling links included."""
     try:
@@ -107,7 +112,7 @@ class Folder(Medium):
     def _written(self, name: str, parts: tuple[Data, ...]) -> Iterator[Path]:
         """Write the parts to a temporary file beside ``name``, which is removed at the end."""
         path = self._inside(name)
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
+        temporary = partial_beside(path)
         try:
             with self._create(temporary, lambda path: path.open("wb")) as file:
                 for part in parts:

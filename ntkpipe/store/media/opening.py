@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from ntkpipe.base.errors import ConfigError, StoreError
-from ntkpipe.base.paths import local_path
+from ntkpipe.base.paths import is_file_url, local_path
 from ntkpipe.store.media.folder import Folder
 from ntkpipe.store.media.medium import Medium
 
@@ -19,7 +19,7 @@ def medium_at(where: str | Path | Medium) -> Medium:
     if not isinstance(where, str | os.PathLike):
         raise ConfigError(f"the store is {type(where).__name__}; needed a path or a URL")
     text = os.fsdecode(where)
-    if "://" in text and not text.startswith("file://"):
+    if "://" in text and not is_file_url(text):
         try:
             from ntkpipe.store.media.objects import ObjectMedium  # keeps obstore out of sessions that use local stores
         except ModuleNotFoundError as error:
