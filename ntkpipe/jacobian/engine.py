@@ -29,6 +29,7 @@ _WHY = (
     "structure"
 )
 _SMALL_WIDTH = 4096  # dense Jacobians of fewer entries share one matrix
+_METERED = 256  # covectors whose costs are measured; of more of them they are extrapolated
 _VMAP_TOLERANCE = 0.1  # Jacobians by vmap and by the loop agree to rounding, or vmap is wrong
 
 
@@ -286,20 +287,38 @@ class Engine:
 
     def cost(self, batch: Batch, samples: Sequence[int] | None = None) -> Cost:
         """Measure what one sample costs by running ``batch``, of these samples, and its first half; B is at least 4."""
-        size = batch_size(batch)
-        half = take(batch, range(size // 2))
-        self.piece(half)  # lazy initialisation is not a cost of the batch
-        with make_meter() as whole:
-            piece, outputs = self.piece(batch)
-        JacobianBlock((piece,), outputs).require_finite("train", samples or range(size))
-        with make_meter() as part:
-            self.piece(half)
-        slope = max(0, whole.num_bytes - part.num_bytes) // (size - size // 2)
+        size, count, numbers = batch_size(batch), len(self.covectors), samples or range(batch_size(batch))
+        found = self._of_few(min(count, _METERED))._metered(batch, numbers)
+        if count > _METERED:  # each further covector costs the same
+            less = self._of_few(_METERED // 2)._metered(batch, numbers)
+            found += (found - less) * (count - _METERED) / (_METERED - _METERED // 2)
+        (flops, whole_bytes, _), (_, num_bytes, largest) = found[0].tolist(), (found[0] - found[1]).tolist()
+        slope = max(0, int(num_bytes)) // (size - size // 2)
         return Cost(
             block_bytes=self.block_bytes(),
             workspace_bytes=max(1, slope),
-            fixed_workspace_bytes=max(0, whole.num_bytes - slope * size),
-            largest_bytes=max(1, (whole.largest_bytes - part.largest_bytes) // (size - size // 2)),
-            jacobian_flops=whole.num_flops / size,
+            fixed_workspace_bytes=max(0, int(whole_bytes) - slope * size),
+            largest_bytes=max(1, int(largest) // (size - size // 2)),
+            jacobian_flops=flops / size,
             pair_flops=self.pair_flops(),
         )
+
+    def _of_few(self, count: int) -> "Engine":
+        """The same engine for a few covectors, which cover every output."""
+        if count == len(self.covectors):
+            return self
+        covectors = self.setup.covectors[:count].clone()
+        covectors[0] = self.setup.covectors.sum(dim=0)
+        return self.with_covectors(covectors, self.setup.pairs)
+
+    def _metered(self, batch: Batch, samples: Sequence[int]) -> Tensor:
+        """Operations, bytes and the largest tensor's bytes of a batch, and of its first half."""
+        half = take(batch, range(batch_size(batch) // 2))
+        self.piece(half)  # lazy initialisation is not a cost of the batch
+        with make_meter() as whole:
+            piece, outputs = self.piece(batch)
+        JacobianBlock((piece,), outputs).require_finite("train", samples)
+        with make_meter() as part:
+            self.piece(half)
+        found = [[each.num_flops, each.num_bytes, each.largest_bytes] for each in (whole, part)]
+        return torch.tensor(found, dtype=torch.float64)
