@@ -32,6 +32,7 @@ from ntkpipe.build.prepare import (
     products_of,
     require_finite,
     this_machine,
+    traced_or_whole,
     workload_of,
 )
 from ntkpipe.build.records import BuildRecord, Sizes, TileRecord
@@ -264,8 +265,12 @@ def jacobian_operator(
         request = Request.of(given, (samples, None))
         prepared = prepare(request, device=device)
         memory = int(_SHARE_OF_MEMORY * available_memory())
-        require_finite(prepared, prepared.engine, subtile=batch, batch=batch)
-        engine, _ = self_check(prepared.engine, prepared.load, samples.num_samples, batch=batch, memory_bytes=memory)
+
+        def settled(engine: Engine) -> Engine:
+            require_finite(prepared, engine, subtile=batch, batch=batch)
+            return self_check(engine, prepared.load, samples.num_samples, batch=batch, memory_bytes=memory)[0]
+
+        engine = traced_or_whole(prepared, prepared.engine, settled)
     made_from = fingerprint(request.model, prepared.model.names)
     identity = f"J J' {kind} {compute_dtype} {made_from.state_digest} {made_from.structure_digest} {digest}"
     return JacobianOperator(prepared, engine, batch=batch, identity=identity, step=step)

@@ -81,7 +81,7 @@ def _probed(model: FunctionalModel, load: Load, num_samples: int, structured: bo
     tracing = None
     with _added_to(problems):
         tracing = trace(parameters, passes, reached, expansions) if not problems else None
-    return Probed(model, outputs[0].shape[1], tracing or nothing_traced(list(parameters), problems[0]), batch)
+    return Probed(model, outputs[0].shape[1], tracing or nothing_traced(parameters, problems[0]), batch)
 
 
 def make_engine(probed: Probed, setup: Setup) -> Engine:
