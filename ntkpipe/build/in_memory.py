@@ -1,8 +1,8 @@
 """Kernels without a store: a matrix in memory, with the engine and planner of a store, or products without a matrix."""
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from time import perf_counter
@@ -37,7 +37,7 @@ from ntkpipe.build.prepare import (
 )
 from ntkpipe.build.records import BuildRecord, Sizes, TileRecord
 from ntkpipe.executors.threads import ThreadExecutor
-from ntkpipe.jacobian.engine import Engine, JacobianBlock
+from ntkpipe.jacobian.engine import DataDependentError, Engine, JacobianBlock
 from ntkpipe.jacobian.model.functional import Forward, resolve_device
 from ntkpipe.jacobian.model.samples import as_samples, require_same_arrays
 from ntkpipe.jacobian.model.state import fingerprint
@@ -96,7 +96,11 @@ def kernel_matrix(
     (train if test is None else test).inspect("inputs")
     request = Request.of(given, (train, test))
     with exact_single_thread(compute_dtype):
-        return build_matrix(settle_matrix(request), kind if progress else None)
+        settled = settle_matrix(request)
+        with suppress(DataDependentError):
+            return build_matrix(settled, kind if progress else None)
+        kernel = request.kernel.model_copy(update={"jacobian": "fallback"})
+        return build_matrix(settle_matrix(replace(request, kernel=kernel)), kind if progress else None)
 
 
 def settle_matrix(request: Request) -> Settled:
