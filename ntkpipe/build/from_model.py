@@ -3,7 +3,7 @@
 import platform
 import socket
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ntkpipe.base.errors import SelfCheckError, StoreMismatchError
 from ntkpipe.base.grid import kernel_grids
+from ntkpipe.base.progress import Ticks
 from ntkpipe.build.life import Products, RowProducts, StoreSink, TileSource, Vector, Work
 from ntkpipe.build.plan import Plan, make_plan
 from ntkpipe.build.prepare import Prepared, Request, Settled, plan_and_check, prepare, products_of, workload_of
@@ -244,9 +245,9 @@ class ModelSource(TileSource):
                         found[key] = found[key] + product if key in found else product
         return found
 
-    def row_products(self, signs: Vector) -> "GradientProducts":
+    def row_products(self, signs: Vector, progress: bool) -> "GradientProducts":
         """See :meth:`TileSource.row_products`: u = J'v, then the gradients of rows times u."""
-        return GradientProducts(self.prepared, self._products, self._groups, signs)
+        return GradientProducts(self.prepared, self._products, self._groups, signs, progress)
 
     @property
     def _products(self) -> list[JacobianProducts]:
@@ -274,18 +275,28 @@ class GradientProducts(RowProducts):
         products: Sequence[JacobianProducts],
         groups: Sequence[frozenset[str]],
         signs: NDArray[np.float64],
+        progress: bool,
     ) -> None:
-        self._prepared, self._products, self._groups, self._signs = prepared, products, groups, signs
+        self._prepared, self._products, self._groups = prepared, products, groups
+        self._signs, self._progress = signs, progress
         self._directions = [self._transposed(each) for each in products]
 
     def _transposed(self, products: JacobianProducts) -> dict[str, Tensor]:
         parameters = products.model.parameters
         total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
         labels = (self._signs > 0).astype(np.int64)
-        for label, gradients in products.row_gradients(self._prepared.train.source, labels, _no_step):
+        for label, gradients in self._rows(products, "train", labels):
             for name, value in gradients.items():
                 total[name] += value if label else -value
         return total
+
+    def _rows(
+        self, products: JacobianProducts, split: str, labels: NDArray[np.int64]
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        samples = self._prepared.samples[split]
+        count = len(products.spans(samples.num_samples))
+        with Ticks(count, what=f"gradients of {split}", unit="step", enabled=self._progress) as ticks:
+            yield from products.row_gradients(samples.source, labels, ticks.tick)
 
     def bundles(self, split: str) -> NDArray[np.int64]:
         """See :meth:`RowProducts.bundles`: two random halves of the samples of a batch, for each covector."""
@@ -302,10 +313,10 @@ class GradientProducts(RowProducts):
         is_apart = self._prepared.kind.pairs == "same"
         for output, (products, direction) in enumerate(zip(self._products, self._directions, strict=True)):
             for split, own in labels.items():
-                source, place = self._prepared.samples[split].source, output if is_apart else None
+                place = output if is_apart else None
                 numbers: list[int | None] = [None, *range(len(self._groups))]
                 into = [found.setdefault((n, place, split), np.zeros(own.max(initial=-1) + 1)) for n in numbers]
-                for label, gradients in products.row_gradients(source, own, _no_step):
+                for label, gradients in self._rows(products, split, own):
                     for names, values in zip(self._groups, into[1:], strict=True):
                         part = sum(
                             float((value.double() * direction[name]).sum())
@@ -315,7 +326,3 @@ class GradientProducts(RowProducts):
                         values[label] += part
                         into[0][label] += part
         return found
-
-
-def _no_step() -> None:
-    pass

@@ -1,8 +1,8 @@
 """Kernels without a store: a matrix in memory, with the engine and planner of a store, or products without a matrix."""
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from time import perf_counter
@@ -32,11 +32,12 @@ from ntkpipe.build.prepare import (
     products_of,
     require_finite,
     this_machine,
+    traced_or_whole,
     workload_of,
 )
 from ntkpipe.build.records import BuildRecord, Sizes, TileRecord
 from ntkpipe.executors.threads import ThreadExecutor
-from ntkpipe.jacobian.engine import Engine, JacobianBlock
+from ntkpipe.jacobian.engine import DataDependentError, Engine, JacobianBlock
 from ntkpipe.jacobian.model.functional import Forward, resolve_device
 from ntkpipe.jacobian.model.samples import as_samples, require_same_arrays
 from ntkpipe.jacobian.model.state import fingerprint
@@ -95,7 +96,11 @@ def kernel_matrix(
     (train if test is None else test).inspect("inputs")
     request = Request.of(given, (train, test))
     with exact_single_thread(compute_dtype):
-        return build_matrix(settle_matrix(request), kind if progress else None)
+        settled = settle_matrix(request)
+        with suppress(DataDependentError):
+            return build_matrix(settled, kind if progress else None)
+        kernel = request.kernel.model_copy(update={"jacobian": "fallback"})
+        return build_matrix(settle_matrix(replace(request, kernel=kernel)), kind if progress else None)
 
 
 def settle_matrix(request: Request) -> Settled:
@@ -264,8 +269,12 @@ def jacobian_operator(
         request = Request.of(given, (samples, None))
         prepared = prepare(request, device=device)
         memory = int(_SHARE_OF_MEMORY * available_memory())
-        require_finite(prepared, prepared.engine, subtile=batch, batch=batch)
-        engine, _ = self_check(prepared.engine, prepared.load, samples.num_samples, batch=batch, memory_bytes=memory)
+
+        def settled(engine: Engine) -> Engine:
+            require_finite(prepared, engine, subtile=batch, batch=batch)
+            return self_check(engine, prepared.load, samples.num_samples, batch=batch, memory_bytes=memory)[0]
+
+        engine = traced_or_whole(prepared, prepared.engine, settled)
     made_from = fingerprint(request.model, prepared.model.names)
     identity = f"J J' {kind} {compute_dtype} {made_from.state_digest} {made_from.structure_digest} {digest}"
     return JacobianOperator(prepared, engine, batch=batch, identity=identity, step=step)

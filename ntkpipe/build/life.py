@@ -117,7 +117,7 @@ class TileSource(Protocol):
         """Every kernel times a vector, found in another way than its tiles are: what certifies a store."""
         raise ConfigError(f"{type(self).__name__} has no certificate")
 
-    def row_products(self, signs: Vector) -> RowProducts | None:
+    def row_products(self, signs: Vector, progress: bool) -> RowProducts | None:
         """The same row by row, where :meth:`products` has none or may be of something else."""
         return None
 

@@ -55,12 +55,13 @@ class _Stored:
         return _Stored(self.array, _summed(labels, self.product, count), np.sqrt(_summed(labels, self.scale**2, count)))
 
 
-def certify(store: Store, source: TileSource, step: Callable[[], None]) -> tuple[dict[str, Any], ...]:
+def certify(store: Store, source: TileSource, *, progress: bool) -> tuple[dict[str, Any], ...]:
     """Certify every kernel of a complete store: how well it agrees with J(J'v), row by row."""
     manifest = store.manifest
     rows = next(iter(store.arrays.values())).layout.shape[0]
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=rows)
-    exact = source.products(signs, step)
+    with Ticks(source.num_steps(), what="certify", unit="step", enabled=progress) as ticks:
+        exact = source.products(signs, ticks.tick)
     dtypes = (manifest.compute_dtype, manifest.accumulate_dtype, manifest.store_dtype)
     dtype = max(dtypes, key=lambda dtype: _TOLERANCE[dtype])
     precision = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
@@ -70,7 +71,7 @@ def certify(store: Store, source: TileSource, step: Callable[[], None]) -> tuple
     if found and all(each["is_good"] for each in found.values()):
         return tuple(found.values())
     # Is it the store, or is J u of another J than gradients are? These decide where the two differ.
-    by_rows = source.row_products(signs)
+    by_rows = source.row_products(signs, progress)
     if by_rows is None:
         return tuple(found.values())
     labels = {split: by_rows.bundles(split) for split in dict.fromkeys(split for *_, split in stored)}
@@ -145,8 +146,7 @@ def verify_with(store: Store, source: TileSource | None, *, progress: bool) -> V
         return report
     if not report.is_good:
         return replace(report, findings=(*report.findings, NOT_CERTIFIED))
-    with Ticks(source.num_steps(), what="certify", unit="step", enabled=progress) as ticks:
-        certificates = certify(store, source, ticks.tick)
+    certificates = certify(store, source, progress=progress)
     findings = (Finding(each["array"], (), _problem(each)) for each in certificates if not each["is_good"])
     report = replace(report, findings=(*report.findings, *findings), certificates=certificates)
     record_report(store, report)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from ntkpipe.base.kinds import MAX_PLANES, Kind, Plane, get_kind, match_groups, 
 from ntkpipe.base.paths import said
 from ntkpipe.base.resources import available_memory, num_cores, process_memory
 from ntkpipe.build.plan import Machine, Plan, Workload
-from ntkpipe.jacobian.engine import Engine
+from ntkpipe.jacobian.engine import DataDependentError, Engine
 from ntkpipe.jacobian.fallback import JacobianProducts, batch_size, take
 from ntkpipe.jacobian.model.device import exact_math, free_memory, is_out_of_memory, sizes_of, without_tf32
 from ntkpipe.jacobian.model.functional import (
@@ -37,6 +37,7 @@ from ntkpipe.jacobian.representations.interface import Rates, Setup
 from ntkpipe.jacobian.self_check import CheckReport, self_check
 from ntkpipe.store.store import Store
 
+T = TypeVar("T")
 _SHARE_OF_MEMORY = 0.7  # of the free memory, for a run without a memory limit
 _COST_BATCH = 4
 _TIMED_SECONDS = 0.2  # long enough for the time of a batch of Jacobians to be reliable
@@ -267,6 +268,20 @@ def plan_and_check(
     prepared: Prepared, engine: Engine, planned: Callable[[Engine], Plan], *, is_checked: bool
 ) -> Settled:
     """Plan what must fit, self-check, and plan anew where that changes how Jacobians are found."""
+    settle = partial(_settle, prepared, planned=planned, is_checked=is_checked)
+    return traced_or_whole(prepared, engine, settle)
+
+
+def traced_or_whole(prepared: Prepared, engine: Engine, use: Callable[[Engine], T]) -> T:
+    """Use an engine before a run; if that shows that operations depend on the data, the same without structure."""
+    try:
+        return use(engine)
+    except DataDependentError:
+        pass
+    return use(engine.without_structure(prepared.probed.batch))
+
+
+def _settle(prepared: Prepared, engine: Engine, *, planned: Callable[[Engine], Plan], is_checked: bool) -> Settled:
     plan = planned(engine).fitting()
     started, memory = perf_counter(), plan.machine.memory_limit - plan.machine.base_memory
     samples = prepared.train.num_samples

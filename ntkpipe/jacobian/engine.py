@@ -22,14 +22,19 @@ from ntkpipe.jacobian.representations.pieces import Piece
 from ntkpipe.jacobian.representations.sums import Pairs, Workspace
 from ntkpipe.jacobian.representations.terms import make_terms
 from ntkpipe.jacobian.tracing.recorder import Recorder
-from ntkpipe.jacobian.tracing.trace import Pass, Tracing
+from ntkpipe.jacobian.tracing.trace import DEPENDS_ON_DATA, Pass, Tracing
 
 _WHY = (
     "the operations of the forward pass depend on the data. Pass jacobian='fallback' to compute this model without "
-    "structure"
+    "structure, from the start where a store was begun (another path, or mode='w')"
 )
 _SMALL_WIDTH = 4096  # dense Jacobians of fewer entries share one matrix
+_METERED = 256  # covectors whose costs are measured; of more of them they are extrapolated
 _VMAP_TOLERANCE = 0.1  # Jacobians by vmap and by the loop agree to rounding, or vmap is wrong
+
+
+class DataDependentError(ModelError):
+    """A batch was computed by other operations than those that were traced."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,18 @@ class Engine:
     def reusing(self, recorded: Mapping[str, str]) -> "Engine":
         """The same engine with the recorded choices of an earlier run, as far as its tracing allows them."""
         methods = {n: each.partition(":")[2] for n, each in recorded.items() if each.startswith("torch.func:")}
-        names = [name for name in self.tracing.covered if name in methods]
+        names = [name for name in (*self.tracing.covered, *self.tracing.unused) if name in methods]
         tracing = self.tracing.without(dict.fromkeys(names, "it is there in the store that is resumed"))
+        stored = {name for term in recorded for name in term.split(" + ")}
+        tracing = tracing.without_use(name for name in tracing.fallback if name not in stored)
         method = next(iter(methods.values()), self.method)
         return self.changed(tracing=tracing, method=method, representations=recorded)
+
+    def without_structure(self, batch: Batch) -> "Engine":
+        """The same engine where operations depend on the data: every parameter is left to the fallback."""
+        names = (*self.tracing.covered, *self.tracing.unused)
+        tracing = self.tracing.without(dict.fromkeys(names, DEPENDS_ON_DATA))
+        return self.changed(tracing=tracing).with_working_method(batch)
 
     def with_covectors(self, covectors: Tensor, pairs: Pairs, **changes: Any) -> "Engine":
         """The same engine for other covectors, and perhaps with other changes."""
@@ -201,7 +214,7 @@ class Engine:
         with recorder:
             recorded = Pass(self.model(batch), recorder.calls)
         if not self.tracing.matches(recorded, self.parameters):
-            raise ModelError(f"the forward pass used its parameters in another way than on the probe batch: {_WHY}")
+            raise DataDependentError(f"the forward pass used its parameters in another way than on others: {_WHY}")
         if any(recorded.calls[use.call].input_was_changed() for use in self.tracing.uses):
             raise ModelError("an input of a layer was changed in place after its use; it was not on the probe batch")
         return recorded
@@ -223,7 +236,7 @@ class Engine:
                 keeps = number + 1 < count
                 grads, others = recorded.pulled(covectors, unused, numbers, keeps_graph=keeps or keeps_graph)
                 if any(grad is not None for grad in others):
-                    raise ModelError(f"a parameter that the probe batch did not use is used by another batch: {_WHY}")
+                    raise DataDependentError(f"a parameter that some samples do not use is used by others: {_WHY}")
                 found.append(grads)
             reached = [number for number in numbers if any(number in grads for grads in found)]
             by_call = {number: [grads.get(number, calls[number].blank()) for grads in found] for number in reached}
@@ -286,20 +299,38 @@ class Engine:
 
     def cost(self, batch: Batch, samples: Sequence[int] | None = None) -> Cost:
         """Measure what one sample costs by running ``batch``, of these samples, and its first half; B is at least 4."""
-        size = batch_size(batch)
-        half = take(batch, range(size // 2))
-        self.piece(half)  # lazy initialisation is not a cost of the batch
-        with make_meter() as whole:
-            piece, outputs = self.piece(batch)
-        JacobianBlock((piece,), outputs).require_finite("train", samples or range(size))
-        with make_meter() as part:
-            self.piece(half)
-        slope = max(0, whole.num_bytes - part.num_bytes) // (size - size // 2)
+        size, count, numbers = batch_size(batch), len(self.covectors), samples or range(batch_size(batch))
+        found = self._of_few(min(count, _METERED))._metered(batch, numbers)
+        if count > _METERED:  # each further covector costs the same
+            less = self._of_few(_METERED // 2)._metered(batch, numbers)
+            found += (found - less) * (count - _METERED) / (_METERED - _METERED // 2)
+        (flops, whole_bytes, _), (_, num_bytes, largest) = found[0].tolist(), (found[0] - found[1]).tolist()
+        slope = max(0, int(num_bytes)) // (size - size // 2)
         return Cost(
             block_bytes=self.block_bytes(),
             workspace_bytes=max(1, slope),
-            fixed_workspace_bytes=max(0, whole.num_bytes - slope * size),
-            largest_bytes=max(1, (whole.largest_bytes - part.largest_bytes) // (size - size // 2)),
-            jacobian_flops=whole.num_flops / size,
+            fixed_workspace_bytes=max(0, int(whole_bytes) - slope * size),
+            largest_bytes=max(1, int(largest) // (size - size // 2)),
+            jacobian_flops=flops / size,
             pair_flops=self.pair_flops(),
         )
+
+    def _of_few(self, count: int) -> "Engine":
+        """The same engine for a few covectors, which cover every output."""
+        if count == len(self.covectors):
+            return self
+        covectors = self.setup.covectors[:count].clone()
+        covectors[0] = self.setup.covectors.sum(dim=0)
+        return self.with_covectors(covectors, self.setup.pairs)
+
+    def _metered(self, batch: Batch, samples: Sequence[int]) -> Tensor:
+        """Operations, bytes and the largest tensor's bytes of a batch, and of its first half."""
+        half = take(batch, range(batch_size(batch) // 2))
+        self.piece(half)  # lazy initialisation is not a cost of the batch
+        with make_meter() as whole:
+            piece, outputs = self.piece(batch)
+        JacobianBlock((piece,), outputs).require_finite("train", samples)
+        with make_meter() as part:
+            self.piece(half)
+        found = [[each.num_flops, each.num_bytes, each.largest_bytes] for each in (whole, part)]
+        return torch.tensor(found, dtype=torch.float64)

@@ -25,7 +25,7 @@ FLOOR = {"float64": 1e-12, "float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-2}
 _SIZE_TOLERANCE = {"float64": 1e-6, "float32": 0.1, "tf32": 0.5, "bfloat16": 0.5}
 _EPSILON: dict[ComputeDtype, float] = {"float64": 2.2e-16, "float32": 1.2e-7, "tf32": 9.8e-4, "bfloat16": 7.8e-3}
 _NOISES, _LIKE_NOISE = 1000.0, 10.0
-_SMALL = 1e-2  # of the whole gradient's norm; smaller parts are measured by that
+SMALL = 1e-2  # of the whole gradient's norm; smaller parts are measured by that
 
 _RANDOM = (
     "two runs of the model on the same batch give different outputs: something in it is random (functional "
@@ -56,7 +56,7 @@ class Company:
 def distance(found: Gradients, other: Gradients, scale: Gradients) -> float:
     """The largest difference of a parameter's gradients, relative to its norm or a share of that of all."""
     norms = {name: float(value.norm()) for name, value in scale.items()}
-    small = _SMALL * sum(norm**2 for norm in norms.values()) ** 0.5
+    small = SMALL * sum(norm**2 for norm in norms.values()) ** 0.5
     gaps = [0.0]
     for name in found.keys() | other.keys():
         one, two = found.get(name), other.get(name)

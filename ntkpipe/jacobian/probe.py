@@ -21,7 +21,7 @@ from ntkpipe.jacobian.mixing import (
     require_repeatable,
     require_single,
 )
-from ntkpipe.jacobian.model.device import Alone, watched_sharing
+from ntkpipe.jacobian.model.device import Alone, watched_gradients, watched_sharing
 from ntkpipe.jacobian.model.functional import MIXING_TOLERANCE, Batch, FunctionalModel
 from ntkpipe.jacobian.model.samples import show_samples
 from ntkpipe.jacobian.representations.interface import Setup
@@ -74,14 +74,21 @@ def _probed(model: FunctionalModel, load: Load, num_samples: int, structured: bo
         require_repeatable(model, batches[0], outputs[0].detach())
     if not mixing <= limit * scale:
         raise ModelError(MIXES.format("outputs", f"change by {mixing:.2g} (of {scale:.2g})"))
-    gradients, gap = _gradients(model, outputs)
+    with watched_gradients(parameters.values()) as is_keeping:
+        gradients, gap = _gradients(model, outputs)
+    if is_keeping():
+        raise ModelError(
+            "the model's backward pass adds gradients to parameters' .grad and does not return them, as a Function "
+            "whose backward calls backward(): a kernel would lack them. Pass the parameters to its apply, and return "
+            "their gradients"
+        )
     if max(mixing / scale, gap) > FLOOR[model.arithmetic]:
         require_single(model, batches[0], range(len(chosen)), model.arithmetic, gap)
     reached = _reached(passes[:2], gradients, parameters, model.constants())
     tracing = None
     with _added_to(problems):
         tracing = trace(parameters, passes, reached, expansions) if not problems else None
-    return Probed(model, outputs[0].shape[1], tracing or nothing_traced(list(parameters), problems[0]), batch)
+    return Probed(model, outputs[0].shape[1], tracing or nothing_traced(parameters, problems[0]), batch)
 
 
 def make_engine(probed: Probed, setup: Setup) -> Engine:

@@ -3,6 +3,7 @@
 import sys
 import threading
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -14,11 +15,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from ntkpipe.base.config import ComputeDtype
 from ntkpipe.base.errors import NonFiniteError, SelfCheckError
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import batch_size, by_loop, take
-from ntkpipe.jacobian.mixing import FLOOR, distance, require_repeatable, require_single
+from ntkpipe.jacobian.mixing import FLOOR, SMALL, require_repeatable, require_single
 from ntkpipe.jacobian.model.device import Alone, is_out_of_memory
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.model.samples import show_samples
@@ -77,7 +77,7 @@ def _self_check(
 ) -> tuple[Engine, CheckReport]:
     check = _Check(engine, load, num_samples, batch, memory_bytes)
     engine, moved, found = check.settle(engine)
-    errors = {name: error for name, (_, error) in check.errors(found).items() if name not in check.reference_wrong}
+    errors = {name: error for name, (_, error) in found.items() if name not in check.reference_wrong}
     worst = max(errors, key=lambda name: errors[name], default="")
     limit = _COMPUTE_TOLERANCE[engine.model.arithmetic]
     is_parallel, problem, compute_error = threads > 1 and not isinstance(engine.model.turn, Alone), "", float("inf")
@@ -158,7 +158,8 @@ class _Check:
             bad = [number for number, is_finite in zip(self.chosen, finite, strict=True) if not is_finite]
             shown = show_samples(sorted({*bad}))
             raise NonFiniteError(f"Jacobians of {shown} are NaN or infinite; leave those out, or correct the model")
-        self.scale = _scale(_total(self.reference))
+        self.grams: dict[str, Tensor] = {}
+        self._refer_to(self.reference)
         self.reference_wrong: set[str] = set()
 
     def _refer(self, model: FunctionalModel) -> tuple[Jacobians, str]:
@@ -166,26 +167,34 @@ class _Check:
         self.model, self._cast = model, tree_map(lambda v: v.to(dtype) if v.is_floating_point() else v, self._batch)
         return _reference(model, take(self._cast, self.places), self.covectors)
 
-    def settle(self, engine: Engine) -> tuple[Engine, dict[str, str], Jacobians]:
+    def _refer_to(self, jacobians: Jacobians) -> None:
+        """Take some parameters' Jacobians as the reference."""
+        self.reference |= jacobians
+        self.grams |= {name: _gram(jacobian) for name, jacobian in jacobians.items()}
+        self.total = torch.stack([*self.grams.values()]).sum(dim=0)
+        self.scale = _scale(self.total)
+
+    def settle(self, engine: Engine) -> tuple[Engine, dict[str, str], dict[str, tuple[float, float]]]:
         """Move what fails to the fallback, then to the loop, unless finite differences show the reference wrong."""
         moved: dict[str, str] = {}
         while True:
             found = self._jacobians(engine)
+            grams = {name: _gram(jacobian) for name, jacobian in found.items()}
             if not moved:
-                self._require_single(found, engine.model.arithmetic)
+                self._require_single(grams, engine)
+            errors = self._errors(grams)
             failed = {
                 name: f"self-check: off by {relative:.1e}"
-                for name, (ratio, relative) in self.errors(found).items()
+                for name, (ratio, relative) in errors.items()
                 if not ratio <= 1 and name not in self.reference_wrong
             }
             by_engine = {name for name in failed if self._engine_is_right(name, found[name])}
             if by_engine:  # the reference is wrong there, so the engine's own Jacobian takes its place
                 self.reference_wrong |= by_engine
-                self.reference |= {name: found[name] for name in by_engine}
-                self.scale = _scale(_total(self.reference))
+                self._refer_to({name: found[name] for name in by_engine})
             failed = {name: reason for name, reason in failed.items() if name not in by_engine}
             if not failed:
-                return engine, moved, found
+                return engine, moved, errors
             newly = {name: reason for name, reason in failed.items() if name not in engine.fallback}
             if newly:
                 moved |= newly
@@ -200,10 +209,15 @@ class _Check:
             else:
                 engine = engine.changed(method="loop")
 
-    def _require_single(self, found: Jacobians, arithmetic: ComputeDtype) -> None:
-        """Look at samples in other company where Jacobians in a batch are not those of samples by themselves."""
-        gap = distance(found, self.reference, self.reference)
-        if gap > FLOOR[arithmetic]:
+    def _require_single(self, grams: Mapping[str, Tensor], engine: Engine) -> None:
+        """Look at samples in other company where kernels in a batch are not those of samples by themselves."""
+        small, arithmetic = SMALL**2 * self.scale, engine.model.arithmetic
+        gaps = [(grams[name] - exact).abs() / torch.maximum(_scale(exact), small) for name, exact in self.grams.items()]
+        if engine.fallback:  # its Jacobians are of samples by themselves, outputs are not
+            whole = self.model(self._cast)[self.places].detach()
+            alone = torch.cat([self.model(take(self._cast, [n, n]))[:1].detach() for n in self.places])
+            gaps.append((whole - alone).abs() / alone.abs().max().clamp_min(_TINY))
+        if max(float(gap.nan_to_num().max()) for gap in gaps) > FLOOR[arithmetic]:
             require_repeatable(self.model, self._cast, self.model(self._cast).detach())
             require_single(self.model, self._cast, self.places, arithmetic)
 
@@ -215,7 +229,7 @@ class _Check:
         order, count = [places.index(place) for place in self.places], len(self.covectors)
         rows = [place * count + number for place in order for number in range(count)]
         found = found[rows][:, rows]
-        gap = (found.double() - _total(self.reference)).abs()
+        gap = (found.double() - self.total).abs()
         return float((gap / self.scale.clamp_min(_TINY)).max())
 
     def error_at_once(self, engine: Engine) -> tuple[float, str]:
@@ -258,13 +272,12 @@ class _Check:
             found = double.changed(method="loop").by_parameter(self._cast, self.places)
         return {name: found[name].double() for name in self.reference}
 
-    def errors(self, found: Jacobians) -> dict[str, tuple[float, float]]:
+    def _errors(self, grams: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
         """Per parameter, the error relative to what is allowed, and on the scale sqrt(K_p,ii K_p,jj)."""
         loosened = 1.0 if self.model.dtype == torch.float64 else 1e3
         errors = {}
-        for name, exact in self.reference.items():
-            wanted = _gram(exact)
-            gap, own = (_gram(found[name]) - wanted).abs(), _scale(wanted)
+        for name, wanted in self.grams.items():
+            gap, own = (grams[name] - wanted).abs(), _scale(wanted)
             ratio = gap / (loosened * (_TOLERANCE * own + _EPSILON * self.scale)).clamp_min(_TINY)
             # Beside entries that are zero but for rounding, only the second term of the bound has a meaning.
             counted = own > _EPSILON * self.scale
@@ -324,17 +337,13 @@ def _by_vjp(model: FunctionalModel, batch: Batch, covectors: Tensor) -> Jacobian
 
 def _finite(jacobians: Jacobians) -> list[bool]:
     """Whether the Jacobians of each sample are finite."""
-    found = [torch.isfinite(values).all(dim=2).all(dim=0) for values in jacobians.values()]
+    found = [torch.isfinite(values.sum(dim=2)).all(dim=0) for values in jacobians.values()]
     return [bool(each) for each in torch.stack(found).all(dim=0)]
 
 
 def _gram(jacobian: Tensor) -> Tensor:
     rows = jacobian.transpose(0, 1).flatten(0, 1)
     return rows @ rows.T
-
-
-def _total(jacobians: Jacobians) -> Tensor:
-    return torch.stack([_gram(jacobian.double()) for jacobian in jacobians.values()]).sum(dim=0)
 
 
 def _scale(gram: Tensor) -> Tensor:

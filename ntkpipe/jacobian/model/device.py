@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import checkpoint
 
 from ntkpipe.base.errors import NtkpipeError
 from ntkpipe.base.resources import peak_process_memory
@@ -188,6 +189,15 @@ def watched_sharing(parameters: Iterable[Tensor]) -> Iterator[Callable[[], bool]
     with contextlib.ExitStack() as undo:
         undo.enter_context(Alone())
         undo.enter_context(changed_settings((forward_ad, "enter_dual_level", entering)))
+        is_keeping = undo.enter_context(watched_gradients(parameters))
+        yield lambda: bool(used) or is_keeping()
+
+
+@contextlib.contextmanager
+def watched_gradients(parameters: Iterable[Tensor]) -> Iterator[Callable[[], bool]]:
+    """Tell whether what runs inside adds gradients to those that are kept with parameters."""
+    used: list[None] = []
+    with contextlib.ExitStack() as undo:
         for parameter in parameters:
             undo.callback(parameter.register_post_accumulate_grad_hook(lambda _: used.append(None)).remove)
         yield lambda: bool(used)
@@ -197,6 +207,14 @@ def _apply(tf32: bool, default_dtype: torch.dtype) -> None:
     torch.set_default_dtype(default_dtype)
     for setting in _gpu_precisions():
         setting.fp32_precision = "tf32" if tf32 else "ieee"
+
+
+class _Unchecked:
+    """In place of re-entrant checkpoints, through which ``autograd.grad`` gets no gradients of parameters: a call."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserves_random_state: bool, *arguments: Any) -> Any:
+        return function(*arguments)
 
 
 _INSIDE: list[partial[None]] = []  # compared by identity: each belongs to one thread
@@ -224,6 +242,7 @@ def _exact_settings() -> Iterator[None]:
     precisions = [_BACKENDS.mkldnn.matmul, _BACKENDS.mkldnn.conv, _BACKENDS.mkldnn.rnn, *_gpu_precisions()]
     settings: list[tuple[Any, str, Any]] = [(precision, "fp32_precision", "ieee") for precision in precisions]
     settings += [(_BACKENDS.cudnn, "deterministic", True), (_BACKENDS.cudnn, "benchmark", False)]
+    settings += [(checkpoint, "CheckpointFunction", _Unchecked)]
     with contextlib.ExitStack() as undo, changed_settings(*settings), sdpa_kernel(SDPBackend.MATH), kept_memory():
         undo.callback(torch.set_default_dtype, torch.get_default_dtype())
         undo.callback(_BACKENDS.mha.set_fastpath_enabled, _BACKENDS.mha.get_fastpath_enabled())

@@ -149,6 +149,7 @@ def leaves(outputs: Tensor) -> Iterator[Tensor]:
 
 
 NO_RULE = "used by an operation without a rule"
+DEPENDS_ON_DATA = "the operations of the forward pass depend on the data"
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class Tracing:
         )
 
     def without(self, names: Mapping[str, str]) -> "Tracing":
-        """The same with covered parameters, and those used together with them, moved to the fallback for a reason."""
+        """The same with parameters, and those used together with them, moved to the fallback for a reason."""
         shared = [(use, names[source]) for use in self.uses for source in use.sources if source in names]
         moved = {**{name: why for use, why in shared for name in use.sources}, **names}
         return replace(
@@ -211,12 +212,19 @@ class Tracing:
             uses=tuple(use for use in self.uses if not moved.keys() & set(use.sources)),
             covered=tuple(name for name in self.covered if name not in moved),
             fallback={**self.fallback, **moved},
+            unused=tuple(name for name in self.unused if name not in moved),
         )
 
+    def without_use(self, names: Iterable[str]) -> "Tracing":
+        """The same where parameters of the fallback are among those that the outputs do not depend on."""
+        gone = {*names}
+        left = {name: why for name, why in self.fallback.items() if name not in gone}
+        return replace(self, fallback=left, unused=(*self.unused, *(n for n in self.fallback if n in gone)))
 
-def nothing_traced(names: Sequence[str], reason: str, unused: tuple[str, ...] = ()) -> Tracing:
+
+def nothing_traced(names: Iterable[str], reason: str) -> Tracing:
     """A tracing that leaves every parameter to the fallback."""
-    return Tracing((), (), (), {name: reason for name in names if name not in unused}, unused)
+    return Tracing((), (), (), dict.fromkeys(names, reason), ())
 
 
 def next_expansion(*made: Mapping[int, tuple[torch.Size, ...]]) -> frozenset[int]:
@@ -239,7 +247,7 @@ def trace(
     calls = zip(first.calls, second.calls, strict=False)
     patterns = tuple(Pattern.of(call, first.num_samples, other) for call, other in calls)
     if not all(_follows(each, patterns) for each in passes):
-        return nothing_traced(list(parameters), "the operations of the forward pass depend on the data", unused)
+        return nothing_traced(parameters, DEPENDS_ON_DATA)  # what few samples do not use, others may
     layouts = [first.layouts(cut), second.layouts(None)]
     edges = [count_edges(each.outputs, parameters) for each in passes]
     varying = [name for name in parameters if len({each[name] for each in edges}) > 1]
