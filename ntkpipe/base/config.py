@@ -311,7 +311,7 @@ def _line_of(node: yaml.Node | None, location: Sequence[int | str]) -> int | Non
 
 def plain_value(value: Any) -> Any:
     """Numbers and arrays of other libraries as Python's numbers and lists, also those in a list."""
-    if hasattr(value, "tolist") and hasattr(value, "ndim"):
+    if hasattr(value, "tolist") and hasattr(value, "ndim") and not isinstance(value, type):
         return value.tolist()
     return [plain_value(one) for one in value] if isinstance(value, list | tuple | range) else value
 
