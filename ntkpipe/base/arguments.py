@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import cache, wraps
 from inspect import Parameter, cleandoc, signature
 from pathlib import Path
-from textwrap import fill
+from textwrap import fill, shorten
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
@@ -26,6 +26,7 @@ _NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "tex
 _PLURALS = {int: "integers", float: "numbers", str: "texts"}
 _VALUES = (bool, int, float, str, Path, list, tuple, dict, np.generic, np.ndarray, NoneType, range, set, complex, bytes)
 _STRICT = ConfigDict(strict=True)
+_MOST_SHOWN = 200  # characters of a value in a message
 _MOST = 2**31 - 1  # of rows, passes, threads; more is a mistake, and arrays of such sizes fail with errors of others
 
 
@@ -75,7 +76,8 @@ class Option:
         try:
             found = _adapter(self.annotation).validate_python(plain)
         except ValidationError:
-            raise ConfigError(f"{where}: {self.name}={plain!r}; needed {describe(self.annotation)}") from None
+            shown = shorten(" ".join(repr(plain).split()), _MOST_SHOWN, placeholder=" …")
+            raise ConfigError(f"{where}: {self.name}={shown}; needed {describe(self.annotation)}") from None
         for number in found if isinstance(found, list | tuple) else (found,):
             self._require_range(number, where)
         return found

@@ -2,6 +2,10 @@
 
 import math
 import os
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -10,9 +14,10 @@ from numpy.typing import NDArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError, TileError
 from ntkpipe.base.paths import said
 
-_NUMBERS = (bool, int, float, np.number, np.bool_)
-# What puts entries into memory that are a tensor's with gradients, computed later, or sparse.
-_INTO_MEMORY = ("detach", "cpu", "to_dense", "compute", "toarray")
+# What puts entries into memory that are a tensor's, computed later, or sparse.
+OF_TENSORS = ("detach", "cpu", "resolve_conj", "resolve_neg")
+_INTO_MEMORY = (*OF_TENSORS, "to_dense", "compute", "toarray")
+_SMALL_DTYPE = re.compile(r"torch\.(bfloat|float[48])")  # which NumPy does not have
 _MOST_NAMED = 8  # chunks in a message
 _ROWS_AT_ONCE = 256
 _MOST_ROUNDING = 5e-3  # of a symmetric matrix in float16, relative to its largest entry
@@ -20,7 +25,7 @@ _MOST_ROUNDING = 5e-3  # of a symmetric matrix in float16, relative to its large
 
 def plain_value(value: Any) -> Any:
     """Numbers and arrays of other libraries as Python's numbers and lists, also those in a list."""
-    if hasattr(value, "tolist") and hasattr(value, "ndim"):
+    if hasattr(value, "tolist") and hasattr(value, "ndim") and not isinstance(value, type):
         return value.tolist()
     return [plain_value(one) for one in value] if isinstance(value, list | tuple | range) else value
 
@@ -31,7 +36,7 @@ def as_array(name: str, given: Any) -> NDArray[Any]:
     if is_in_slices(given):
         return read_slices(name, given, *(slice(0, size) for size in given.shape))
     try:
-        values = _numbers(np.asanyarray(_in_memory(given)))
+        values = as_numbers(np.asanyarray(in_memory(given)))
     except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         what = f"{name}: a {type(given).__name__} that NumPy does not take as an array ({said(error)})"
         raise ConfigError(f"{what}; convert it to one of real numbers") from None
@@ -45,20 +50,23 @@ def as_array(name: str, given: Any) -> NDArray[Any]:
     return found
 
 
-def _numbers(values: NDArray[Any]) -> NDArray[Any]:
-    """Objects that are all numbers as such."""
-    is_plain = values.dtype.kind == "O" and not isinstance(values, np.ma.MaskedArray)
-    if is_plain and values.ndim and all(isinstance(one, _NUMBERS) for one in values.reshape(-1).tolist()):
-        narrow = np.array(values.tolist(), None if values.ndim == 1 else np.float64)
-        return narrow if narrow.shape == values.shape else values
-    return values
+def as_numbers(values: NDArray[Any]) -> NDArray[Any]:
+    """Objects that are all real numbers, or rows of those, as such; integers that NumPy does not hold stay objects."""
+    if values.dtype.kind != "O" or not values.ndim or isinstance(values, np.ma.MaskedArray):
+        return values
+    found = np.array(values.tolist())
+    if found.dtype.kind == "O" and all(isinstance(one, Real | Decimal) for one in found.reshape(-1).tolist()):
+        is_whole = found.ndim == 1 and all(isinstance(one, int) for one in found.tolist())
+        found = found if is_whole else found.astype(np.float64)
+    return found if found.dtype.kind in "fiub" else values
 
 
-def _in_memory(given: Any) -> Any:
-    for method in _INTO_MEMORY:
+def in_memory(given: Any, methods: Sequence[str] = _INTO_MEMORY) -> Any:
+    """What NumPy takes as an array, of a tensor, or what is computed later, or sparse."""
+    for method in methods:
         if hasattr(type(given), method):
             given = getattr(given, method)()
-    if str(getattr(given, "dtype", "")) == "torch.bfloat16":  # which NumPy does not have
+    if _SMALL_DTYPE.match(str(getattr(given, "dtype", ""))):
         given = given.float()
     has_masks = isinstance(given, list | tuple) and any(isinstance(one, np.ma.MaskedArray) for one in given)
     return np.ma.array(given) if has_masks else given
@@ -148,7 +156,7 @@ def is_in_slices(given: Any) -> bool:
 def read_slices(name: str, array: Any, *parts: slice) -> NDArray[Any]:
     """Read a part of an array, a slice for each axis; TileError where it cannot be read, or was perhaps not written."""
     try:
-        part = np.asanyarray(_in_memory(array[parts]))
+        part = np.asanyarray(in_memory(array[parts]))
     except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         rows = f"rows {parts[0].start} to {parts[0].stop - 1}"
         raise TileError(f"{name}: {rows} of a {type(array).__name__} cannot be read: {said(error)}") from error

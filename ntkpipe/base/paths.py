@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 from ntkpipe.base.errors import ConfigError
 
+_MOST_WORDS = 400  # characters of another library's error; torch lists all of its backends
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 _URL = re.compile(r"[A-Za-z][\w+.-]+:/")  # pathlib takes one of two slashes away
 
@@ -80,9 +81,10 @@ def _kind(mode: int) -> str:
 
 
 def said(error: BaseException) -> str:
-    """Words of an error, as a part of a longer message: without a full stop; its type where it has none."""
+    """Words of an error, as a part of a longer message: short, without a full stop; its type where it has none."""
     if isinstance(error, OSError) and error.strerror:
         words = error.strerror[:1].lower() + error.strerror[1:]
         # Of an open file there is only its number.
         return f"{words}: {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else words
-    return str(error).strip().rstrip(".") or type(error).__name__
+    words = str(error).strip().partition("\n\n")[0]
+    return (words if len(words) <= _MOST_WORDS else words[:_MOST_WORDS] + "…").rstrip(".!") or type(error).__name__

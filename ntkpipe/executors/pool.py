@@ -7,7 +7,7 @@ import socket
 import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -81,7 +81,9 @@ class WorkerPool(Generic[Task]):
                 run = self.client.run
                 replies = self.client.sync(run, _report, question, arguments, workers=list(hosts), **options)
             except TimeoutError:
-                raise ClusterError(f"workers have not answered in {_REPORT_SECONDS} seconds; look at their logs") from None
+                raise ClusterError(
+                    f"workers have not answered in {_REPORT_SECONDS} seconds; look at their logs"
+                ) from None
         failed = {address: reply for address, reply in replies.items() if isinstance(reply, BaseException)}
         # Dask reports a worker that no longer answers by an OSError, maybe before the scheduler misses it.
         if any(isinstance(error, OSError) for error in failed.values()):

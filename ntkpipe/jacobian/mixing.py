@@ -32,8 +32,8 @@ _RANDOM = (
     "dropout, sampling, noise); call model.eval(), or make it deterministic"
 )
 _STATE = (
-    "two runs of the model on the same batch give different outputs: it keeps state from call to call, in {}. Reset "
-    "that at the start of each forward pass, in the model or by forward=lambda model, inputs: …"
+    "two runs of the model on the same batch give different outputs: it keeps state from call to call{}. Reset that at "
+    "the start of each forward pass, in the model or by forward=lambda model, inputs: …"
 )
 MIXES = (
     "{} of a sample {} with the other samples of its batch: a normalisation over the batch, attention across it, or a "
@@ -74,8 +74,10 @@ def require_repeatable(model: FunctionalModel, batch: Batch, outputs: Tensor) ->
             return
         fresh, again = model.copy(), model.copy()
         is_same = float((fresh(batch) - again(batch)).abs().max()) <= limit
-    changed = sorted(_changed(model.module, fresh.module)) if is_same else []
-    raise ModelError(_STATE.format(", ".join(map(repr, changed[:5]))) if changed else _RANDOM)
+    if not is_same:
+        raise ModelError(_RANDOM)
+    changed = ", ".join(map(repr, sorted(_changed(model.module, fresh.module))[:5]))
+    raise ModelError(_STATE.format(f", in {changed}" if changed else ""))
 
 
 def _changed(before: nn.Module, after: nn.Module) -> Iterator[str]:
@@ -106,7 +108,7 @@ def require_single(
     ``seen`` is by how much gradients changed in a batch of another size.
     """
     with torch.enable_grad():
-        sums = max(arithmetic, _lowest(model(batch)), key=lambda each: FLOOR[each])
+        sums = max(arithmetic, lowest_precision(model(batch)), key=lambda each: FLOOR[each])
         changes = [_changes(model, batch, place) for place in places]
     # Gradients are differences of sums over the batch, which round in the lowest precision on their way.
     kinds = zip(("outputs", "gradients"), (arithmetic, sums), zip(*changes, strict=True), strict=True)
@@ -126,7 +128,20 @@ def require_single(
         raise ModelError(MIXES.format("gradients", f"change by {seen:.2g}, relative,"))
 
 
-def _lowest(outputs: Tensor) -> ComputeDtype:
+def warn_of_lower_precision(outputs: Tensor, arithmetic: ComputeDtype) -> None:
+    """Say so where a model computes in a lower precision than it was asked to."""
+    found = lowest_precision(outputs)
+    if DTYPES[found].itemsize < DTYPES[arithmetic].itemsize:
+        dtype = found if DTYPES[found].itemsize > 2 else "16 bits or less"
+        warnings.warn(
+            f"the model computes a part in {dtype} although compute_dtype={arithmetic!r} (autocast, .float(), .half(), "
+            f"a dtype= of its own): outputs and entries of the kernel are exact to about {_EPSILON[found]:.0e} alone. "
+            "Let that part take the dtype of its input",
+            stacklevel=2,
+        )
+
+
+def lowest_precision(outputs: Tensor) -> ComputeDtype:
     """The lowest precision on the way from parameters to outputs: some models compute parts in float32 whatever."""
     seen, stack, size = set(), [outputs.grad_fn], outputs.itemsize
     while stack:
@@ -174,6 +189,6 @@ def gradients_of(model: FunctionalModel, outputs: Tensor, seeds: Tensor) -> dict
     parameters = model.parameters
     if not outputs.requires_grad:
         return {}
-    seeds = seeds.clone()  # hooks may change it in place
-    found = torch.autograd.grad(outputs, list(parameters.values()), seeds, retain_graph=True, allow_unused=True)
+    own = seeds.clone()  # hooks may change it in place
+    found = torch.autograd.grad(outputs, list(parameters.values()), own, retain_graph=True, allow_unused=True)
     return {name: each.to_dense() for name, each in zip(parameters, found, strict=True) if each is not None}

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
-from ntkpipe.base.paths import said
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import take
 from ntkpipe.jacobian.mixing import (
@@ -20,10 +19,12 @@ from ntkpipe.jacobian.mixing import (
     gradients_of,
     require_repeatable,
     require_single,
+    warn_of_lower_precision,
 )
 from ntkpipe.jacobian.model.device import Alone, watched_gradients, watched_sharing
 from ntkpipe.jacobian.model.functional import MIXING_TOLERANCE, Batch, FunctionalModel
 from ntkpipe.jacobian.model.samples import show_samples
+from ntkpipe.jacobian.model.state import Snapshot
 from ntkpipe.jacobian.representations.interface import Setup
 from ntkpipe.jacobian.tracing.recorder import Recorder
 from ntkpipe.jacobian.tracing.trace import Pass, Tracing, leaves, next_expansion, nothing_traced, trace
@@ -62,7 +63,7 @@ def _probed(model: FunctionalModel, load: Load, num_samples: int, structured: bo
     batch = load(chosen)
     model, limit = model.with_fast_layout(batch), MIXING_TOLERANCE[model.arithmetic]
     parameters, batches = model.parameters, [take(batch, order) for order in _PROBES]
-    problems = [] if structured else ["structure was switched off"]
+    problems, before = [] if structured else ["structure was switched off"], Snapshot(model.module)
     with torch.enable_grad():
         with _added_to(problems):
             passes, expansions = record_passes(model, batches) if structured else ([], frozenset())
@@ -70,10 +71,11 @@ def _probed(model: FunctionalModel, load: Load, num_samples: int, structured: bo
             passes = [Pass(model.explained(each), []) for each in batches]
     outputs = [each.outputs for each in passes]
     mixing, scale = _mixing([each.detach() for each in outputs], chosen)
-    if not mixing <= FLOOR[model.arithmetic] * scale:
+    if not mixing <= FLOOR[model.arithmetic] * scale or before.is_changed(model.module):
         require_repeatable(model, batches[0], outputs[0].detach())
     if not mixing <= limit * scale:
         raise ModelError(MIXES.format("outputs", f"change by {mixing:.2g} (of {scale:.2g})"))
+    warn_of_lower_precision(outputs[0], model.arithmetic)
     with watched_gradients(parameters.values()) as is_keeping:
         gradients, gap = _gradients(model, outputs)
     if is_keeping():
@@ -94,7 +96,12 @@ def _probed(model: FunctionalModel, load: Load, num_samples: int, structured: bo
 def make_engine(probed: Probed, setup: Setup) -> Engine:
     """The engine of a model that was probed, with a method for the fallback."""
     with probed.model.turn:
-        return Engine(probed.model, probed.tracing, "vmap", setup).with_working_method(probed.batch)
+        try:
+            return Engine(probed.model, probed.tracing, "vmap", setup).with_working_method(probed.batch)
+        except (NtkpipeError, MemoryError):
+            raise
+        except Exception as error:
+            raise probed.model.failure(error, "where it was differentiated", probed.batch) from error
 
 
 @contextlib.contextmanager
@@ -148,7 +155,7 @@ def _gradients(model: FunctionalModel, outputs: Sequence[Tensor]) -> tuple[set[s
     except (NtkpipeError, MemoryError):
         raise
     except Exception as error:  # a backward of its own may raise anything
-        raise ModelError(f"autograd cannot differentiate this model: {said(error)}") from error
+        raise model.failure(error, "where autograd differentiated it") from error
     among = {name: value - rest[name] if name in rest else value for name, value in whole.items()}
     return whole.keys() | alone.keys(), distance(among, alone, whole)
 

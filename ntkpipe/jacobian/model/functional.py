@@ -33,6 +33,9 @@ MIXING_TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 
 _MANY_CHANNELS = 16  # input channels of a 1 x 1 convolution from which it may be channels last
 
 
+_HOOKS = "'.attribute', a function of the model's output, or a function of (model, inputs)"
+
+
 class _Hooked(nn.Module):
     """A model and the hook that picks its output, as one module, so that ``functional_call`` reaches both."""
 
@@ -48,17 +51,20 @@ class _Hooked(nn.Module):
 
 
 def _as_picker(forward: Forward) -> Callable[[nn.Module, Batch], Any]:
-    if callable(forward):
-        with contextlib.suppress(TypeError, ValueError):  # builtins such as operator.attrgetter('logits')
-            given = inspect.signature(forward).parameters.values()
-            if sum(p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD} and p.default is p.empty for p in given) >= 2:
-                return forward
-    elif not (forward is None or isinstance(forward, str)):
-        raise ConfigError(
-            f"forward is {type(forward).__name__}; needed '.attribute', a function of the model's output, or a "
-            "function of (model, inputs)"
-        )
+    if not (forward is None or callable(forward) or isinstance(forward, str)):
+        raise ConfigError(f"forward is {type(forward).__name__}; needed {_HOOKS}")
     choose = PathPicker(forward) if isinstance(forward, str) else forward
+    try:
+        taken = inspect.signature(forward) if callable(forward) else None
+    except (TypeError, ValueError):  # builtins such as operator.attrgetter('logits')
+        taken = None
+    if callable(forward) and taken is not None:
+        needed = [one for one in taken.parameters.values() if one.default is one.empty]
+        counted = [one for one in needed if one.kind in {one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD}]
+        if len(counted) > 2 or not taken.parameters or any(one.kind is one.KEYWORD_ONLY for one in needed):
+            raise ConfigError(f"forward takes {taken}; needed {_HOOKS}")
+        if len(counted) == 2:
+            return forward
 
     def pick(model: nn.Module, batch: Batch) -> Any:
         value = model(**batch) if isinstance(batch, dict) else model(batch)
@@ -146,6 +152,11 @@ class FunctionalModel:
             raise ModelError(
                 f"the model returned {described(outputs)}; needed one (batch, outputs) tensor. "
                 + how_to_pick(outputs, size)
+            )
+        if outputs.layout != torch.strided:
+            raise ModelError(
+                f"the model returned a tensor of layout {outputs.layout}; needed a dense one: give "
+                "forward=lambda output: output.to_dense()"
             )
         if outputs.ndim != 2 or outputs.shape[0] != size or outputs.shape[1] == 0:
             raise ModelError(

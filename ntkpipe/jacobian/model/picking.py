@@ -19,6 +19,7 @@ _OF_DTYPES = re.compile(rf"dtype|scalar type|Input type \(|{_KINDS}(Tensor)? (an
 _OF_INDICES = re.compile(
     r"scalar types?: Long, Int|'indices'|used as indices|only be applied to an integer", re.IGNORECASE
 )
+_OF_LAYOUTS = re.compile(r"\b(Sparse|Mkldnn)\w+|sparse_\w+|Nested(Tensor)?\b")
 _INTEGERS = re.compile(r"\b(Long|Int|Byte|Char|Short|Bool|long|int|bool|int\d+|uint8|unsigned char)\b")
 
 
@@ -107,7 +108,12 @@ def hint_of(error: Exception, model: nn.Module, batch: Batch | None, compute_dty
     if _OF_INDICES.search(words):
         return ". Real inputs take the compute dtype: give what is looked up as integers, as inputs.astype(numpy.int64)"
     if _OF_DTYPES.search(words) and _INTEGERS.search(words):
+        given = () if batch is None else batch.values() if isinstance(batch, dict) else (batch,)
+        if all(value.is_floating_point() for value in given):
+            return ". The model makes or keeps integers (one_hot, arange): cast them to the dtype of weights, or of x"
         return ". Integers and booleans are passed on as they are: give real inputs, as inputs.astype(numpy.float32)"
+    if _OF_LAYOUTS.search(words):
+        return ". torch lacks this for the layout of a tensor: keep it as .to_sparse_csr(), or dense as .to_dense()"
     if _OF_DTYPES.search(words):
         other = "" if compute_dtype == "float32" else "; or, if that cannot be changed, compute_dtype='float32'"
         return (

@@ -1,7 +1,7 @@
 """Samples: arrays of any library, dicts of them or map-style data sets, read in runs and never copied whole."""
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Real
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ntkpipe.base.errors import DataError, NonFiniteError
+from ntkpipe.base.given import OF_TENSORS, as_numbers, in_memory
 from ntkpipe.base.paths import said
 from ntkpipe.base.targets import as_values
 from ntkpipe.store.manifest import ArrayRecord, DataRecord
@@ -38,8 +39,12 @@ class ArraySource:
 
     def read(self, start: int, stop: int) -> Arrays:
         """Samples ``start:stop`` by array name, first axis the sample; those in memory without a copy."""
-        found = {name: values[start:stop] for name, values in self.arrays.items()}
-        return {k: v if isinstance(v, np.ndarray) else _to_array(v, f"inputs[{k!r}]") for k, v in found.items()}
+        return {
+            name: values[start:stop]
+            if isinstance(values, np.ndarray)
+            else _to_array(values[start:stop], f"inputs[{name!r}]")
+            for name, values in self.arrays.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class DatasetSource:
     def _sample(self, i: int) -> dict[str, NDArray[Any]]:
         item = self._item(i)
         sample = item[0] if isinstance(item, tuple) else item
-        mapping = sample if isinstance(sample, Mapping) else {_SINGLE: sample}
+        mapping = sample if _has_names(sample) else {_SINGLE: sample}
         return {name: _to_array(value, f"inputs[{name!r}]") for name, value in mapping.items()}
 
 
@@ -178,7 +183,7 @@ class Samples:
                 if values.dtype.kind == "f" and not np.isfinite(values).all():
                     bad |= {start + i for i in _where(np.isnan(values))}
                     for i in _where(np.isinf(values)) if len(patterns) < _MOST_PATTERNS else []:
-                        signs = np.sign(values[i], where=np.isinf(values[i]), out=np.zeros_like(values[i]))
+                        signs = np.sign(values[i]) * np.isinf(values[i])
                         patterns.setdefault(name.encode() + hashlib.sha256(signs.data).digest(), start + i)
         if bad:
             raise NonFiniteError(f"{label}: NaN entries in {show_samples(sorted(bad))}; fill or drop them")
@@ -244,9 +249,9 @@ def _columns(value: object) -> Collection[object] | None:
     return found if isinstance(found, Collection) else None
 
 
-def _as_source(inputs: object, label: str) -> tuple[Source, bool]:
-    if isinstance(inputs, Mapping):
-        inputs = dict(inputs.items())
+def _as_source(inputs: Any, label: str) -> tuple[Source, bool]:
+    if _has_names(inputs):
+        inputs = {name: inputs[name] for name in inputs.keys()}  # noqa: SIM118
         if not inputs:
             raise DataError(f"{label} is an empty dict; needed name → array")
         _require_keys(inputs, label)
@@ -296,9 +301,15 @@ def _as_source(inputs: object, label: str) -> tuple[Source, bool]:
             f"items of {label} have {len(parts)} parts; needed a sample, or a pair (sample, target). Several inputs: a "
             "dict of arrays"
         )
-    if isinstance(parts[0], Mapping):
-        _require_keys(parts[0], label)
-    return DatasetSource(inputs, size, has_targets=len(parts) == 2), isinstance(parts[0], Mapping)
+    is_mapping = _has_names(parts[0])
+    if is_mapping:
+        _require_keys(parts[0].keys(), label)
+    return DatasetSource(inputs, size, has_targets=len(parts) == 2), is_mapping
+
+
+def _has_names(value: object) -> bool:
+    """Whether a value is a mapping of arrays, as groups of Zarr are, too, though not by their type."""
+    return isinstance(value, Mapping) or (callable(getattr(value, "keys", None)) and not hasattr(value, "__array__"))
 
 
 def _item(dataset: Any, i: int) -> Any:
@@ -311,8 +322,8 @@ def _item(dataset: Any, i: int) -> Any:
         ) from error
 
 
-def _require_keys(mapping: Mapping[Any, Any], label: str) -> None:
-    for name in mapping:
+def _require_keys(names: Iterable[Any], label: str) -> None:
+    for name in names:
         if not isinstance(name, str) or not name.isidentifier():
             raise DataError(f"{label} has the key {name!r}; keys become keyword arguments of the model")
 
@@ -326,24 +337,19 @@ def _to_values(value: Any, label: str) -> Any:
 def _to_array(value: object, label: str) -> NDArray[Any]:
     if np.ma.is_masked(value):
         raise DataError(f"{label} has masked entries, which are no data; fill them, or leave those samples out")
+    if _has_names(value):
+        raise DataError(f"{label} is {type(value).__name__}, which is no array; {_HOW}")
     try:
-        if isinstance(value, Tensor):
-            value = value.detach().cpu().resolve_conj().resolve_neg()
-            is_small = value.is_floating_point() and value.dtype not in {torch.float16, torch.float32, torch.float64}
-            value = value.float().numpy() if is_small else value.numpy()
-        array = np.asarray(value)
-        if array.dtype.kind == "O" and array.ndim:  # rows as objects, and frames whose columns differ in dtype
-            found = np.array(array.tolist())
-            array = found if found.dtype.kind in "fiub" else array
+        # Objects are rows, and frames whose columns differ in dtype.
+        array = as_numbers(np.asarray(in_memory(value, OF_TENSORS)))
     except Exception as error:  # sparse tensors and ragged lists, and what other libraries raise
         raise DataError(f"{label} ({type(value).__name__}) cannot be made an array: {said(error)}; {_HOW}") from error
     if array.dtype.kind not in "fiub":
         raise DataError(_why_not_numbers(array, value, label))
     if 0 in array.shape[1:]:
         raise DataError(f"{label} has shape {array.shape}: its samples are empty")
-    if array.dtype == np.longdouble or array.dtype.byteorder == ">":
-        array = array.astype(np.float64 if array.dtype.kind == "f" else array.dtype.newbyteorder("="))
-    return array
+    native = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    return array.astype(native, copy=False)
 
 
 def _why_not_numbers(array: NDArray[Any], value: object, label: str) -> str:

@@ -132,8 +132,23 @@ def _changes_gradients(parameter: Tensor) -> bool:
     return bool(hooks) and not torch.equal(found, given)
 
 
-def _tensors_inside(module: nn.Module) -> Iterator[Tensor]:
-    """Every tensor that a copy of a module would copy, in attributes, containers and plain objects too."""
+class Snapshot:
+    """What a module holds, by which it shows whether forward passes changed or replaced any of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._values = list(_values_inside(module))  # kept alive, so that nothing new can take their place
+        self._versions = [value._version if isinstance(value, Tensor) else None for value in self._values]
+
+    def is_changed(self, module: nn.Module) -> bool:
+        """Whether something is not what it was, or not known to be."""
+        now = Snapshot(module)
+        pairs = zip(self._values, now._values, strict=False)
+        is_same = len(self._values) == len(now._values) and all(one is other for one, other in pairs)
+        return not is_same or self._versions != now._versions
+
+
+def _values_inside(module: nn.Module) -> Iterator[Any]:
+    """Every value that a copy of a module would copy, in attributes, containers and plain objects too."""
     left: list[Any] = [vars(child) for child in module.modules()]
     seen: set[int] = set()
     while left:
@@ -141,35 +156,51 @@ def _tensors_inside(module: nn.Module) -> Iterator[Tensor]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             left += value.values()
         elif isinstance(value, list | tuple | set | deque):
             left += value
-        elif not isinstance(value, FunctionType | ModuleType) and getattr(type(value), "__reduce_ex__", 0) is _PLAIN:
-            left.append(getattr(value, "__dict__", None))
+        else:
+            yield value
+            is_copied = not isinstance(value, Tensor | FunctionType | ModuleType)
+            if is_copied and getattr(type(value), "__reduce_ex__", 0) is _PLAIN:
+                left.append(getattr(value, "__dict__", None))
 
 
 def deepcopy(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
     """A copy of a module; ``shared`` are objects by id that stay the same, or what takes their place."""
     memo = dict(shared or {})
-    for value in _tensors_inside(module):
-        if id(value) in memo:
-            continue
-        if not value.is_leaf:
-            # Old-style weight_norm and friends keep computed tensors as attributes, which deepcopy refuses; they are
-            # recomputed by the next forward pass. Where one is used as it is, the outputs depend on a leaf that is no
-            # parameter, which the probe refuses.
-            memo[id(value)] = value.detach().clone().requires_grad_()
-        elif _is_special(value) or type(value) not in {Tensor, nn.Parameter}:  # deepcopy refuses many of them
-            clone = value.detach().clone()
-            memo[id(value)] = nn.Parameter(clone, value.requires_grad) if isinstance(value, nn.Parameter) else clone
     try:
+        for value in _values_inside(module):
+            if not isinstance(value, Tensor) or id(value) in memo:
+                continue
+            if not value.is_leaf:
+                # Old-style weight_norm and friends keep computed tensors as attributes, which deepcopy refuses; they
+                # are recomputed by the next forward pass. Where one is used as it is, the outputs depend on a leaf that
+                # is no parameter, which the probe refuses.
+                memo[id(value)] = value.detach().clone().requires_grad_()
+            elif _is_special(value) or type(value) not in {Tensor, nn.Parameter}:  # deepcopy refuses many of them
+                clone = value.detach().clone()
+                memo[id(value)] = nn.Parameter(clone, value.requires_grad) if isinstance(value, nn.Parameter) else clone
         with torch.no_grad():  # else the parameters of a scripted module's copy depend on those of the original
             return copy.deepcopy(module, memo)
     except Exception as error:
-        raise ModelError(f"the model cannot be copied (copy.deepcopy raised {error!r}); make it copyable") from error
+        what = next(_not_copied(module, memo), "")
+        raise ModelError(
+            f"the model cannot be copied (copy.deepcopy raised {type(error).__name__}: {said(error)}){what}; keep what "
+            "cannot be copied outside of the model, or give its class a __deepcopy__"
+        ) from error
+
+
+def _not_copied(module: nn.Module, memo: dict[int, Any]) -> Iterator[str]:
+    """Attributes that cannot be copied."""
+    for path, child in module.named_modules():
+        for name, value in {**vars(child), **child._buffers}.items():
+            if not isinstance(value, dict) or name not in vars(nn.Module()):
+                try:
+                    copy.deepcopy(value, dict(memo))
+                except Exception:  # noqa: BLE001 - this is what is looked for
+                    yield f" at {f'{path}.{name}'.removeprefix('model').removeprefix('.')!r}"
 
 
 def converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -190,6 +221,16 @@ def converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn
     return found
 
 
+def _bytes_of(name: str, value: Tensor) -> Any:
+    try:
+        return value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    except Exception as error:
+        raise ModelError(
+            f"{name!r} of the model, {type(value).__name__}, has no plain bytes ({said(error)}); keep its parts as "
+            "plain tensors, and build it in forward"
+        ) from error
+
+
 def fingerprint(model: nn.Module, names: tuple[str, ...]) -> ModelRecord:
     """Digests of a model's state and printed structure, with the selected parameters."""
     digest = hashlib.sha256()
@@ -202,7 +243,7 @@ def fingerprint(model: nn.Module, names: tuple[str, ...]) -> ModelRecord:
             if len(found) > 1:
                 digest.update(f"{part.dtype}|{tuple(part.shape)}|".encode())
             if part.numel():
-                digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                digest.update(_bytes_of(name, part))
     return ModelRecord(
         name=type(model).__name__,
         state_digest=digest.hexdigest(),

@@ -2,6 +2,7 @@
 
 import collections
 from decimal import Decimal
+from fractions import Fraction
 
 import dask.array
 import numpy as np
@@ -11,6 +12,7 @@ import scipy.sparse
 import torch
 import xarray as xr
 import zarr
+from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
 
 from ntkpipe.base.errors import ConfigError, DataError, NonFiniteError
@@ -51,6 +53,13 @@ class Rows:
         return {name: values[i] for name, values in TOKENS.items()}
 
 
+def _group(arrays):
+    group = zarr.group()
+    for name, values in arrays.items():
+        group.create_array(name, data=values)
+    return group
+
+
 SINGLE = {
     "array": INPUTS,
     "tensor": torch.from_numpy(INPUTS),
@@ -71,6 +80,7 @@ SINGLE = {
     "dask": dask.array.from_array(INPUTS, chunks=(4, 3)),
     "data array of dask": xr.DataArray(INPUTS).chunk(4),
     "zarr": zarr.array(INPUTS, chunks=(4, 3)),
+    "zarr of another byte order": zarr.array(INPUTS.astype(INPUTS.dtype.newbyteorder(">")), chunks=(4, 3)),
     "buffer": memoryview(INPUTS),
     "matrix": np.asmatrix(INPUTS),
     "masked without a mask": np.ma.array(INPUTS),
@@ -83,6 +93,8 @@ MAPPING = {
     "xarray": xr.Dataset({name: (("sample", "position"), values) for name, values in TOKENS.items()}),
     "lists": {name: values.tolist() for name, values in TOKENS.items()},
     "user dict": collections.UserDict(TOKENS),
+    "group of zarr": _group(TOKENS),
+    "parameters": nn.ParameterDict({k: nn.Parameter(torch.from_numpy(v), False) for k, v in TOKENS.items()}),
     "zarrs": {name: zarr.array(values, chunks=(4, 3)) for name, values in TOKENS.items()},
     "list of dicts": [{name: values[i] for name, values in TOKENS.items()} for i in range(NUM_SAMPLES)],
 }
@@ -235,6 +247,7 @@ def test_dtypes_become_ones_that_torch_and_the_store_have(values, dtype):
         (pd.Series(pd.to_datetime(["2020"])), r"x has dtype datetime64"),
         ({"a": pd.Series(["u", "v"], dtype="category")}, r"x\['a'\] has dtype .*np\.unique"),
         ({"a": INPUTS, "b": None}, r"x\['b'\] is NoneType, which is no array"),
+        ({"a": INPUTS, "b": _group(TOKENS)}, r"x\['b'\] is Group, which is no array"),
         ({"a": INPUTS, "b": {"c": INPUTS}}, r"x\['b'\] is dict, which is no array"),
         (
             xr.Dataset({"a": (("n", "m"), np.ones((3, 3))), "b": (("m", "n"), np.ones((3, 3)))}),
@@ -267,14 +280,20 @@ def test_what_is_no_samples_is_refused_by_name(inputs, message):
     [
         (["a", "b"] * 3, DataError, r"np.unique\(labels, return_inverse=True\)"),
         ([1, 2, None] * 2, NonFiniteError, "2 samples are missing .*first of sample 2"),
-        (np.ma.array(np.arange(6), mask=np.arange(6) == 2), ConfigError, "masked"),
+        (np.ma.array(np.arange(6), mask=np.arange(6) == 2), ConfigError, "1 entries are masked"),
         (["a", 1] * 3, ConfigError, r"several types.*\(int, str\)"),
-        ([[1.0], [1.0, 2.0]] * 3, ConfigError, "does not take as an array"),
+        ([[1.0], [1.0, 2.0]] * 3, ConfigError, "list that NumPy does not take"),
     ],
 )
 def test_targets_that_are_no_numbers_are_refused(targets, error, words):
     with pytest.raises(error, match=words):
         as_samples(INPUTS, targets)
+
+
+def test_decimals_and_fractions_are_numbers():
+    given = [[Decimal(int(one)) / 2 for one in row] for row in INPUTS]
+    for inputs in (given, pd.DataFrame(given), [[Fraction(one) for one in row] for row in given]):
+        np.testing.assert_array_equal(as_samples(inputs).source.read(0, 6)["input"], INPUTS / 2)
 
 
 def test_targets_of_objects_are_numbers():
