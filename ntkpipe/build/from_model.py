@@ -69,7 +69,8 @@ class ModelSource(TileSource):
     def of(cls, request: Request, resources: Resources, look: Callable[[Samples, str], DataRecord]) -> "ModelSource":
         """Prepare what is asked for; ``look`` finds the records of samples."""
         prepared = prepare(request, device=resources.device)
-        resources.require_model(prepared.model)
+        if resources.client is not None:
+            resources.require_model(prepared.model)
         spec, test = prepared.spec, prepared.test
         manifest = Manifest(
             format=FORMAT,

@@ -76,8 +76,7 @@ class Resources:
 
     def require_model(self, model: FunctionalModel) -> None:
         """Check that every worker can load the model, of which it is sent everything but the numbers."""
-        if self.client is None:
-            return
+        assert self.client is not None
         from ntkpipe.executors.payload import load_once, pickle_job
         from ntkpipe.executors.pool import WorkerPool
 

@@ -171,9 +171,9 @@ def in_company(model: FunctionalModel, batch: Batch, order: Sequence[int], place
     """Run some samples of a batch, and pull covectors back: of all, and of all but the sample at a place."""
     outputs = model(take(batch, order))
     seeds = covectors_of(outputs, order)
-    whole = gradients_of(model, outputs, seeds)
+    whole = gradients_of(model.parameters, outputs, seeds)
     seeds[place] = 0
-    rest = gradients_of(model, outputs, seeds)
+    rest = gradients_of(model.parameters, outputs, seeds)
     own = {name: value - rest[name] if name in rest else value for name, value in whole.items()}
     return Company(outputs[place].detach(), own, whole)
 
@@ -184,9 +184,8 @@ def covectors_of(outputs: Tensor, samples: Sequence[int]) -> Tensor:
     return torch.from_numpy(drawn[list(samples)]).to(outputs)
 
 
-def gradients_of(model: FunctionalModel, outputs: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+def gradients_of(parameters: Mapping[str, Tensor], outputs: Tensor, seeds: Tensor) -> dict[str, Tensor]:
     """Gradients of the parameters that any arrive at, by one backward pass."""
-    parameters = model.parameters
     if not outputs.requires_grad:
         return {}
     own = seeds.clone()  # hooks may change it in place

@@ -24,7 +24,6 @@ from ntkpipe.jacobian.mixing import (
 from ntkpipe.jacobian.model.device import Alone, watched_gradients, watched_sharing
 from ntkpipe.jacobian.model.functional import MIXING_TOLERANCE, Batch, FunctionalModel
 from ntkpipe.jacobian.model.samples import show_samples
-from ntkpipe.jacobian.model.state import Snapshot
 from ntkpipe.jacobian.representations.interface import Setup
 from ntkpipe.jacobian.tracing.recorder import Recorder
 from ntkpipe.jacobian.tracing.trace import Pass, Tracing, leaves, next_expansion, nothing_traced, trace
@@ -63,7 +62,7 @@ def _probed(model: FunctionalModel, load: Load, num_samples: int, structured: bo
     batch = load(chosen)
     model, limit = model.with_fast_layout(batch), MIXING_TOLERANCE[model.arithmetic]
     parameters, batches = model.parameters, [take(batch, order) for order in _PROBES]
-    problems, before = [] if structured else ["structure was switched off"], Snapshot(model.module)
+    problems, before = [] if structured else ["structure was switched off"], model.snapshot()
     with torch.enable_grad():
         with _added_to(problems):
             passes, expansions = record_passes(model, batches) if structured else ([], frozenset())
@@ -71,7 +70,7 @@ def _probed(model: FunctionalModel, load: Load, num_samples: int, structured: bo
             passes = [Pass(model.explained(each), []) for each in batches]
     outputs = [each.outputs for each in passes]
     mixing, scale = _mixing([each.detach() for each in outputs], chosen)
-    if not mixing <= FLOOR[model.arithmetic] * scale or before.is_changed(model.module):
+    if not mixing <= FLOOR[model.arithmetic] * scale or model.snapshot().differs(before):
         require_repeatable(model, batches[0], outputs[0].detach())
     if not mixing <= limit * scale:
         raise ModelError(MIXES.format("outputs", f"change by {mixing:.2g} (of {scale:.2g})"))
@@ -146,12 +145,13 @@ def _mixing(outputs: Sequence[Tensor], chosen: Sequence[int]) -> tuple[float, fl
 def _gradients(model: FunctionalModel, outputs: Sequence[Tensor]) -> tuple[set[str], float]:
     """Parameters that gradients of the outputs arrive at, and by how much gradients differ between two batches."""
     # Those of three samples by themselves; among five, pulled back together, as the difference to the other two.
-    few, (first, second) = torch.tensor(_PROBES[1]), _PROBES[:2]
+    few, (first, second), parameters = torch.tensor(_PROBES[1]), _PROBES[:2], model.parameters
     try:
         seeds = covectors_of(outputs[0], first)
-        whole = gradients_of(model, outputs[0], seeds)
-        alone = gradients_of(model, outputs[1], covectors_of(outputs[1], second))
-        rest = gradients_of(model, outputs[0], seeds * ~torch.isin(torch.tensor(first), few)[:, None].to(seeds.device))
+        whole = gradients_of(parameters, outputs[0], seeds)
+        alone = gradients_of(parameters, outputs[1], covectors_of(outputs[1], second))
+        others = ~torch.isin(torch.tensor(first), few)[:, None].to(seeds.device)
+        rest = gradients_of(parameters, outputs[0], seeds * others)
     except (NtkpipeError, MemoryError):
         raise
     except Exception as error:  # a backward of its own may raise anything

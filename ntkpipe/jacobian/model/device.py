@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
@@ -250,3 +250,24 @@ def _exact_settings() -> Iterator[None]:
         if "torch._dynamo" in sys.modules:  # what torch.compile made would compile our recorder, and round as it likes
             undo.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+def without_cudnn_rnns(module: nn.Module) -> None:
+    """Run the RNNs of a module without cuDNN, whose backward pass exists in train mode only, and not under vmap."""
+    # cuDNN has no switch for RNNs alone, and other layers should use it: it is off during the forward pass of an RNN,
+    # which the backward pass follows. A copy of a module has its hooks already.
+    for child in module.modules():
+        if isinstance(child, nn.RNNBase) and not hasattr(child, "_ntkpipe_cudnn"):
+            child._ntkpipe_cudnn = True
+            child.register_forward_pre_hook(_switch_cudnn_off)
+            child.register_forward_hook(_restore_cudnn, always_call=True)
+
+
+def _switch_cudnn_off(module: nn.Module, args: Any) -> None:
+    cudnn: Any = torch.backends.cudnn
+    module._ntkpipe_cudnn, cudnn.enabled = cudnn.enabled, False
+
+
+def _restore_cudnn(module: nn.Module, args: Any, output: Any) -> None:
+    cudnn: Any = torch.backends.cudnn
+    cudnn.enabled = module._ntkpipe_cudnn

@@ -1,8 +1,9 @@
 """The model as a function of its parameters and a batch, in the dtype and on the device of a run."""
 
 import contextlib
+import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,9 +15,16 @@ from torch.utils._pytree import tree_map
 from ntkpipe.base.config import ComputeDtype
 from ntkpipe.base.errors import ConfigError, ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.base.paths import said
+from ntkpipe.jacobian.model.device import without_cudnn_rnns
 from ntkpipe.jacobian.model.picking import Batch as Batch
 from ntkpipe.jacobian.model.picking import PathPicker, described, hint_of, how_to_pick, reshaped
-from ntkpipe.jacobian.model.state import converted, deepcopy, require_parameters, require_values
+from ntkpipe.jacobian.model.state import (
+    Snapshot,
+    is_special,
+    require_parameters,
+    require_values,
+    values_inside,
+)
 
 Forward = str | Callable[..., Any] | None
 
@@ -85,15 +93,13 @@ class FunctionalModel:
     # What passes are run in: alone where threads that ran the model at once would disturb each other.
     turn: contextlib.AbstractContextManager[None] = field(default_factory=contextlib.nullcontext)
     parameters: dict[str, nn.Parameter] = field(init=False, repr=False, compare=False)  # the selected ones by name
+    arithmetic: ComputeDtype = field(init=False)  # the ``compute_dtype``, on which tolerances depend
 
     def __post_init__(self) -> None:
         every = dict(self.module.named_parameters())
+        arithmetic = "tf32" if self.tf32 else next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
         object.__setattr__(self, "parameters", {name: every[f"model.{name}"] for name in self.names})
-
-    @property
-    def arithmetic(self) -> ComputeDtype:
-        """The ``compute_dtype``, on which tolerances depend."""
-        return "tf32" if self.tf32 else next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        object.__setattr__(self, "arithmetic", arithmetic)
 
     def constants(self) -> list[Tensor]:
         """All other parameters, and the buffers, which a forward pass may replace."""
@@ -214,9 +220,11 @@ class FunctionalModel:
     def converted(self, dtype: torch.dtype, device: torch.device | None = None) -> "FunctionalModel":
         """A copy in another dtype, or on another device, which shares nothing."""
         device, tf32 = device or self.device, self.tf32 and dtype == self.dtype
-        return self._with_module(
-            _converted(deepcopy(self.module), dtype, device), dtype=dtype, device=device, tf32=tf32
-        )
+        return self._with_module(converted(self.module, dtype, device), dtype=dtype, device=device, tf32=tf32)
+
+    def snapshot(self) -> Snapshot:
+        """What the module holds now."""
+        return Snapshot([vars(child) for child in self.module.modules()])
 
     def _with_module(self, module: nn.Module, **changes: Any) -> "FunctionalModel":
         selected = {f"model.{name}" for name in self.names}
@@ -235,8 +243,59 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return deepcopy(model, shared) if compiled else model
 
 
-def _converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    found = converted(module, dtype, device)
+def deepcopy(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
+    """A copy of a module; ``shared`` are objects by id that stay the same, or what takes their place."""
+    memo = dict(shared or {})
+    try:
+        for value in values_inside([vars(child) for child in module.modules()]):
+            if not isinstance(value, Tensor) or id(value) in memo:
+                continue
+            if not value.is_leaf:
+                # Old-style weight_norm and friends keep computed tensors as attributes, which deepcopy refuses; they
+                # are recomputed by the next forward pass. Where one is used as it is, the outputs depend on a leaf that
+                # is no parameter, which the probe refuses.
+                memo[id(value)] = value.detach().clone().requires_grad_()
+            elif is_special(value) or type(value) not in {Tensor, nn.Parameter}:  # deepcopy refuses many of them
+                clone = value.detach().clone()
+                memo[id(value)] = nn.Parameter(clone, value.requires_grad) if isinstance(value, nn.Parameter) else clone
+        with torch.no_grad():  # else the parameters of a scripted module's copy depend on those of the original
+            return copy.deepcopy(module, memo)
+    except Exception as error:
+        what = next(_not_copied(module, memo), "")
+        raise ModelError(
+            f"the model cannot be copied (copy.deepcopy raised {type(error).__name__}: {said(error)}){what}; keep what "
+            "cannot be copied outside of the model, or give its class a __deepcopy__"
+        ) from error
+
+
+def _not_copied(module: nn.Module, memo: dict[int, Any]) -> Iterator[str]:
+    """Attributes that cannot be copied."""
+    for path, child in module.named_modules():
+        for name, value in {**vars(child), **child._buffers}.items():
+            if not isinstance(value, dict) or name not in vars(nn.Module()):
+                try:
+                    copy.deepcopy(value, dict(memo))
+                except Exception:  # noqa: BLE001 - this is what is looked for
+                    yield f" at {f'{path}.{name}'.removeprefix('model').removeprefix('.')!r}"
+
+
+def converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A copy in a dtype; complex buffers, which ``Module.to`` would strip of their imaginary part, stay complex."""
+
+    def convert(value: Tensor) -> Tensor:
+        if value.is_complex():
+            return value.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+
+    try:
+        found: nn.Module = deepcopy(module)._apply(convert)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the model cannot be converted to {dtype} on {device} ({type(error).__name__}: {said(error)}); keep what "
+            "torch cannot convert as dense tensors of an ordinary dtype"
+        ) from error
     if device.type == "cuda":
         without_cudnn_rnns(found)
     return found
@@ -255,37 +314,17 @@ def prepare_model(
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model is {type(model).__name__}; needed a torch.nn.Module")
     _check_modes(model)  # these first, since parameters of a lazy module have no size
-    require_values(model)
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    require_values(tensors)
     names = select_parameters(model, parameters)
-    require_parameters(model, names)
-    hooked = _converted(deepcopy(_Hooked(model, forward)), dtype, device)
+    require_parameters(tensors, names)
+    hooked = converted(_Hooked(model, forward), dtype, device)
     found = FunctionalModel(hooked, names, dtype, device, tf32)._with_module(hooked)
     if lost := [name for name, value in found.parameters.items() if not bool(torch.isfinite(value).all())]:
         raise NonFiniteError(
             f"parameter {lost[0]!r} overflows {dtype}; use compute_dtype='float64', or scale the model"
         )
     return found
-
-
-def without_cudnn_rnns(module: nn.Module) -> None:
-    """Run the RNNs of a module without cuDNN, whose backward pass exists in train mode only, and not under vmap."""
-    # cuDNN has no switch for RNNs alone, and other layers should use it: it is off during the forward pass of an RNN,
-    # which the backward pass follows. A copy of a module has its hooks already.
-    for child in module.modules():
-        if isinstance(child, nn.RNNBase) and not hasattr(child, "_ntkpipe_cudnn"):
-            child._ntkpipe_cudnn = True
-            child.register_forward_pre_hook(_switch_cudnn_off)
-            child.register_forward_hook(_restore_cudnn, always_call=True)
-
-
-def _switch_cudnn_off(module: nn.Module, args: Any) -> None:
-    cudnn: Any = torch.backends.cudnn
-    module._ntkpipe_cudnn, cudnn.enabled = cudnn.enabled, False
-
-
-def _restore_cudnn(module: nn.Module, args: Any, output: Any) -> None:
-    cudnn: Any = torch.backends.cudnn
-    cudnn.enabled = module._ntkpipe_cudnn
 
 
 def select_parameters(model: nn.Module, patterns: str | tuple[str, ...] | None) -> tuple[str, ...]:

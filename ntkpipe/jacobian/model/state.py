@@ -1,9 +1,8 @@
-"""The tensors of a model, whatever their layout: checked, copied, converted and fingerprinted."""
+"""The tensors of a model, whatever their layout: found, checked and fingerprinted."""
 
-import copy
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FunctionType, ModuleType
 from typing import Any, cast
 
@@ -49,7 +48,8 @@ def _is_wrapper(value: Any) -> bool:
     return is_traceable_wrapper_subclass(value)  # distributed and jagged tensors, quantised ones of torchao
 
 
-def _is_special(value: Tensor) -> bool:
+def is_special(value: Tensor) -> bool:
+    """Whether a tensor is more than a dense array of numbers."""
     return value.layout != torch.strided or value.is_nested or value.is_quantized or _is_wrapper(value)
 
 
@@ -58,9 +58,9 @@ def num_bytes(values: Iterable[Tensor]) -> int:
     return sum(part.nbytes for value in values for part in parts(value))
 
 
-def require_values(model: nn.Module) -> None:
+def require_values(tensors: Mapping[str, Tensor]) -> None:
     """Check that the parameters and buffers of a model have values, and buffers no graph."""
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+    for name, value in tensors.items():
         if is_lazy(value):
             raise ModelError(f"{name!r} of the model is not initialised; run the model once on a batch first")
         if value.is_meta:
@@ -75,11 +75,11 @@ def require_values(model: nn.Module) -> None:
             )
 
 
-def require_parameters(model: nn.Module, names: tuple[str, ...]) -> None:
+def require_parameters(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> None:
     """Check that the selected parameters are plain, real and finite, and that nothing else is NaN."""
-    selected: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if name in names}
-    for name, value in selected.items():
-        if _is_special(value):
+    for name in names:
+        value = tensors[name]
+        if is_special(value):
             what = type(value).__name__ if value.layout == torch.strided else str(value.layout)
             raise ModelError(
                 f"parameter {name!r} is {what}; needed plain dense parameters: keep its values as one and build the "
@@ -95,17 +95,12 @@ def require_parameters(model: nn.Module, names: tuple[str, ...]) -> None:
                 f"parameter {name!r} has a hook that changes its gradient (register_hook), which the kernel would "
                 "lack; remove the hook by its handle, or do in forward what it is for"
             )
-    for name, value in _tensors(model).items():
+    for name, value in tensors.items():
         # Masks and observers hold infinities on purpose: outputs and Jacobians are checked to be finite.
-        bad = _count(value, finite=name in selected)
+        bad = _count(value, finite=name in names)
         if bad:
-            what = "NaN or infinite" if name in selected else "NaN"
+            what = "NaN or infinite" if name in names else "NaN"
             raise NonFiniteError(f"{name!r} of the model has {bad} {what} entries of {value.numel()}")
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, non-persistent buffers too: they decide outputs as well."""
-    return {name: value.detach() for name, value in [*model.named_parameters(), *model.named_buffers()]}
 
 
 def _count(value: Tensor, *, finite: bool) -> int:
@@ -135,21 +130,20 @@ def _changes_gradients(parameter: Tensor) -> bool:
 class Snapshot:
     """What a module holds, by which it shows whether forward passes changed or replaced any of it."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._values = list(_values_inside(module))  # kept alive, so that nothing new can take their place
+    def __init__(self, attributes: Sequence[dict[str, Any]]) -> None:
+        self._values = list(values_inside(attributes))  # kept alive, so that nothing new can take their place
         self._versions = [value._version if isinstance(value, Tensor) else None for value in self._values]
 
-    def is_changed(self, module: nn.Module) -> bool:
+    def differs(self, before: "Snapshot") -> bool:
         """Whether something is not what it was, or not known to be."""
-        now = Snapshot(module)
-        pairs = zip(self._values, now._values, strict=False)
-        is_same = len(self._values) == len(now._values) and all(one is other for one, other in pairs)
-        return not is_same or self._versions != now._versions
+        pairs = zip(self._values, before._values, strict=False)
+        is_same = len(self._values) == len(before._values) and all(one is other for one, other in pairs)
+        return not is_same or self._versions != before._versions
 
 
-def _values_inside(module: nn.Module) -> Iterator[Any]:
-    """Every value that a copy of a module would copy, in attributes, containers and plain objects too."""
-    left: list[Any] = [vars(child) for child in module.modules()]
+def values_inside(attributes: Sequence[dict[str, Any]]) -> Iterator[Any]:
+    """Every value that a copy of modules with these attributes would copy, in containers and plain objects too."""
+    left: list[Any] = list(attributes)
     seen: set[int] = set()
     while left:
         value = left.pop()
@@ -167,60 +161,6 @@ def _values_inside(module: nn.Module) -> Iterator[Any]:
                 left.append(getattr(value, "__dict__", None))
 
 
-def deepcopy(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
-    """A copy of a module; ``shared`` are objects by id that stay the same, or what takes their place."""
-    memo = dict(shared or {})
-    try:
-        for value in _values_inside(module):
-            if not isinstance(value, Tensor) or id(value) in memo:
-                continue
-            if not value.is_leaf:
-                # Old-style weight_norm and friends keep computed tensors as attributes, which deepcopy refuses; they
-                # are recomputed by the next forward pass. Where one is used as it is, the outputs depend on a leaf that
-                # is no parameter, which the probe refuses.
-                memo[id(value)] = value.detach().clone().requires_grad_()
-            elif _is_special(value) or type(value) not in {Tensor, nn.Parameter}:  # deepcopy refuses many of them
-                clone = value.detach().clone()
-                memo[id(value)] = nn.Parameter(clone, value.requires_grad) if isinstance(value, nn.Parameter) else clone
-        with torch.no_grad():  # else the parameters of a scripted module's copy depend on those of the original
-            return copy.deepcopy(module, memo)
-    except Exception as error:
-        what = next(_not_copied(module, memo), "")
-        raise ModelError(
-            f"the model cannot be copied (copy.deepcopy raised {type(error).__name__}: {said(error)}){what}; keep what "
-            "cannot be copied outside of the model, or give its class a __deepcopy__"
-        ) from error
-
-
-def _not_copied(module: nn.Module, memo: dict[int, Any]) -> Iterator[str]:
-    """Attributes that cannot be copied."""
-    for path, child in module.named_modules():
-        for name, value in {**vars(child), **child._buffers}.items():
-            if not isinstance(value, dict) or name not in vars(nn.Module()):
-                try:
-                    copy.deepcopy(value, dict(memo))
-                except Exception:  # noqa: BLE001 - this is what is looked for
-                    yield f" at {f'{path}.{name}'.removeprefix('model').removeprefix('.')!r}"
-
-
-def converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The module in a dtype; complex buffers, which ``Module.to`` would strip of their imaginary part, stay complex."""
-
-    def convert(value: Tensor) -> Tensor:
-        if value.is_complex():
-            return value.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)
-        return value.to(device, dtype if value.is_floating_point() else value.dtype)
-
-    try:
-        found: nn.Module = module._apply(convert)
-    except Exception as error:
-        raise ModelError(
-            f"the model cannot be converted to {dtype} on {device} ({type(error).__name__}: {said(error)}); keep what "
-            "torch cannot convert as dense tensors of an ordinary dtype"
-        ) from error
-    return found
-
-
 def _bytes_of(name: str, value: Tensor) -> Any:
     try:
         return value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -234,7 +174,8 @@ def _bytes_of(name: str, value: Tensor) -> Any:
 def fingerprint(model: nn.Module, names: tuple[str, ...]) -> ModelRecord:
     """Digests of a model's state and printed structure, with the selected parameters."""
     digest = hashlib.sha256()
-    every = _tensors(model)
+    # Non-persistent buffers, too: they decide outputs as well.
+    every = dict([*model.named_parameters(), *model.named_buffers()])
     for name, value in sorted(every.items()):
         shape = () if value.is_nested else tuple(value.shape)
         digest.update(f"{name}|{value.dtype}|{shape}|".encode())

@@ -27,8 +27,16 @@ from ntkpipe.build.plan import Machine
 from ntkpipe.build.tiles import Gram
 from ntkpipe.build.transfer import DeviceTiles
 from ntkpipe.jacobian.engine import Engine
-from ntkpipe.jacobian.model.device import SIZES, add_rows, exact_math, is_out_of_memory, sizes_of, without_tf32
-from ntkpipe.jacobian.model.functional import prepare_model, without_cudnn_rnns
+from ntkpipe.jacobian.model.device import (
+    SIZES,
+    add_rows,
+    exact_math,
+    is_out_of_memory,
+    sizes_of,
+    without_cudnn_rnns,
+    without_tf32,
+)
+from ntkpipe.jacobian.model.functional import prepare_model
 from ntkpipe.jacobian.representations.interface import Rates
 from ntkpipe.jacobian.representations.pieces import contract, contract_planes
 from ntkpipe.jacobian.representations.sums import Workspace
