@@ -16,7 +16,7 @@ from ntkpipe.base.errors import ConfigError, ModelError, NonFiniteError, Ntkpipe
 from ntkpipe.base.paths import said
 from ntkpipe.jacobian.model.picking import Batch as Batch
 from ntkpipe.jacobian.model.picking import PathPicker, called, described, hint_of, how_to_pick, reshaped
-from ntkpipe.jacobian.model.state import converted, deepcopy, require_parameters, require_values
+from ntkpipe.jacobian.model.state import converted, deepcopy, put_back, require_parameters, require_values
 
 Forward = str | Callable[..., Any] | None
 
@@ -133,7 +133,8 @@ class FunctionalModel:
             for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False)
             if id(parameter) in given
         }
-        outputs = torch.func.functional_call(self.module, renamed, (batch,), tie_weights=False)
+        with put_back(self.module):
+            outputs = torch.func.functional_call(self.module, renamed, (batch,), tie_weights=False)
         return self.check_outputs(outputs, batch)
 
     def require_replaced(self, outputs: Tensor) -> None:

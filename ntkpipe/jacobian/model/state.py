@@ -1,5 +1,6 @@
 """The tensors of a model, whatever their layout: checked, copied, converted and fingerprinted."""
 
+import contextlib
 import copy
 import hashlib
 from collections import deque
@@ -147,8 +148,22 @@ class Snapshot:
         return not is_same or self._versions != now._versions
 
 
+@contextlib.contextmanager
+def put_back(module: nn.Module) -> Iterator[None]:
+    """Undo what passes leave behind in attributes and containers: tensors of ``torch.func`` are of no use after it."""
+    kept = [(each, copy.copy(each)) for each in _values_inside(module) if isinstance(each, dict | list | set | deque)]
+    try:
+        yield
+    finally:
+        for each, before in kept:
+            now, then = ((*each, *(each.values() if isinstance(each, dict) else ())) for each in (each, before))
+            if len(now) != len(then) or any(one is not other for one, other in zip(now, then, strict=True)):
+                each.clear()
+                (each.update if isinstance(each, dict | set) else each.extend)(before)
+
+
 def _values_inside(module: nn.Module) -> Iterator[Any]:
-    """Every value that a copy of a module would copy, in attributes, containers and plain objects too."""
+    """Every value that a copy of a module would copy, in attributes, containers and plain objects too, and those."""
     left: list[Any] = [vars(child) for child in module.modules()]
     seen: set[int] = set()
     while left:
@@ -156,15 +171,15 @@ def _values_inside(module: nn.Module) -> Iterator[Any]:
         if id(value) in seen:
             continue
         seen.add(id(value))
+        yield value
         if isinstance(value, dict):
             left += value.values()
         elif isinstance(value, list | tuple | set | deque):
             left += value
-        else:
-            yield value
-            is_copied = not isinstance(value, Tensor | FunctionType | ModuleType)
-            if is_copied and getattr(type(value), "__reduce_ex__", 0) is _PLAIN:
-                left.append(getattr(value, "__dict__", None))
+        elif isinstance(value, Tensor | FunctionType | ModuleType):
+            continue
+        elif getattr(type(value), "__reduce_ex__", 0) is _PLAIN:
+            left.append(getattr(value, "__dict__", None))
 
 
 def deepcopy(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
@@ -183,7 +198,7 @@ def deepcopy(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.M
                 clone = value.detach().clone()
                 memo[id(value)] = nn.Parameter(clone, value.requires_grad) if isinstance(value, nn.Parameter) else clone
         with torch.no_grad():  # else the parameters of a scripted module's copy depend on those of the original
-            return copy.deepcopy(module, memo)
+            return copy.deepcopy(module, dict(memo))
     except Exception as error:
         what = next(_not_copied(module, memo), "")
         raise ModelError(
