@@ -337,7 +337,7 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize("keep", ["buffer", "with its graph", "list"])
 @pytest.mark.parametrize("options", [{}, {"jacobian": "fallback"}, {"self_check": False}], ids=str)
 def test_state_that_batches_of_another_size_do_not_show_is_found(keep, options):
-    model, where = redraw(Recurrent(keep)), "" if keep == "list" else ", in 'state'"
+    model, where = redraw(Recurrent(keep)), ", in 'states'" if keep == "list" else ", in 'state'"
     options = {"compute_dtype": "float64", "workers": 1, **options}
     with pytest.raises(ModelError, match=f"keeps state from call to call{where}. Reset"):
         ntkpipe.kernel_matrix(model, X, **options)

@@ -5,7 +5,7 @@ import copy
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, NoneType
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,7 @@ _PARTS: dict[torch.layout, tuple[str, ...]] = {
 }
 
 
+_OF_MODULES = vars(nn.Module()).keys()  # attributes of any module
 _PLAIN: Any = object.__reduce_ex__  # of objects that deepcopy copies attribute by attribute
 
 
@@ -134,24 +135,41 @@ def _changes_gradients(parameter: Tensor) -> bool:
 
 
 class Snapshot:
-    """What a module holds, by which it shows whether forward passes changed or replaced any of it."""
+    """What the attributes and buffers of a module hold, by which forward passes show which of it they change."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._values = list(_values_inside(module))  # kept alive, so that nothing new can take their place
-        self._versions = [value._version if isinstance(value, Tensor) else None for value in self._values]
+        self._held: dict[str, tuple[list[Any], list[int | None]]] = {}
+        seen: set[int] = set()
+        for name, value in _named_values(module):
+            values = list(_values_inside([value], seen))  # kept alive, so that nothing new can take their place
+            self._held[name] = values, [each._version if isinstance(each, Tensor) else None for each in values]
 
-    def is_changed(self, module: nn.Module) -> bool:
-        """Whether something is not what it was, or not known to be."""
-        now = Snapshot(module)
-        pairs = zip(self._values, now._values, strict=False)
-        is_same = len(self._values) == len(now._values) and all(one is other for one, other in pairs)
-        return not is_same or self._versions != now._versions
+    def changed(self, module: nn.Module) -> list[str]:
+        """Names of what is not what it was, or not known to be."""
+        now = Snapshot(module)._held
+        return sorted(
+            name for name in self._held.keys() | now.keys() if not _is_same(self._held.get(name), now.get(name))
+        )
+
+
+def _is_same(before: Any, now: Any) -> bool:
+    if before is None or now is None or before[1] != now[1]:
+        return False
+    return all(one is other for one, other in zip(before[0], now[0], strict=True))
+
+
+def _named_values(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Attributes and buffers by name."""
+    for path, child in module.named_modules():
+        for name, value in {**vars(child), **child._buffers}.items():
+            if name not in _OF_MODULES:
+                yield f"{path}.{name}".removeprefix("model").removeprefix("."), value
 
 
 @contextlib.contextmanager
 def put_back(module: nn.Module) -> Iterator[None]:
     """Undo what passes leave behind in attributes and containers: tensors of ``torch.func`` are of no use after it."""
-    kept = [(each, copy.copy(each)) for each in _values_inside(module) if isinstance(each, dict | list | set | deque)]
+    kept = [(each, copy.copy(each)) for each in _values_of(module) if isinstance(each, dict | list | set | deque)]
     try:
         yield
     finally:
@@ -162,31 +180,35 @@ def put_back(module: nn.Module) -> Iterator[None]:
                 (each.update if isinstance(each, dict | set) else each.extend)(before)
 
 
-def _values_inside(module: nn.Module) -> Iterator[Any]:
+def _values_of(module: nn.Module) -> Iterator[Any]:
     """Every value that a copy of a module would copy, in attributes, containers and plain objects too, and those."""
-    left: list[Any] = [vars(child) for child in module.modules()]
-    seen: set[int] = set()
+    return _values_inside([vars(child) for child in module.modules()], set())
+
+
+def _values_inside(left: list[Any], seen: set[int]) -> Iterator[Any]:
     while left:
         value = left.pop()
         if id(value) in seen:
             continue
-        seen.add(id(value))
         yield value
+        if isinstance(value, Tensor | FunctionType | ModuleType | NoneType):
+            continue
         if isinstance(value, dict):
             left += value.values()
         elif isinstance(value, list | tuple | set | deque):
             left += value
-        elif isinstance(value, Tensor | FunctionType | ModuleType):
+        elif getattr(type(value), "__reduce_ex__", 0) is _PLAIN and hasattr(value, "__dict__"):
+            left.append(value.__dict__)
+        else:
             continue
-        elif getattr(type(value), "__reduce_ex__", 0) is _PLAIN:
-            left.append(getattr(value, "__dict__", None))
+        seen.add(id(value))
 
 
 def deepcopy(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
     """A copy of a module; ``shared`` are objects by id that stay the same, or what takes their place."""
     memo = dict(shared or {})
     try:
-        for value in _values_inside(module):
+        for value in _values_of(module):
             if not isinstance(value, Tensor) or id(value) in memo:
                 continue
             if not value.is_leaf:
@@ -209,13 +231,11 @@ def deepcopy(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.M
 
 def _not_copied(module: nn.Module, memo: dict[int, Any]) -> Iterator[str]:
     """Attributes that cannot be copied."""
-    for path, child in module.named_modules():
-        for name, value in {**vars(child), **child._buffers}.items():
-            if not isinstance(value, dict) or name not in vars(nn.Module()):
-                try:
-                    copy.deepcopy(value, dict(memo))
-                except Exception:  # noqa: BLE001 - this is what is looked for
-                    yield f" at {f'{path}.{name}'.removeprefix('model').removeprefix('.')!r}"
+    for name, value in _named_values(module):
+        try:
+            copy.deepcopy(value, dict(memo))
+        except Exception:  # noqa: BLE001 - this is what is looked for
+            yield f" at {name!r}"
 
 
 def converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
