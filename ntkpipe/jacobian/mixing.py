@@ -6,13 +6,12 @@ companions are permuted. This costs passes of its own, and is done where a cheap
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ntkpipe.base.config import ComputeDtype
 from ntkpipe.base.errors import ModelError
@@ -69,35 +68,16 @@ def distance(found: Gradients, other: Gradients, scale: Gradients) -> float:
 def require_repeatable(model: FunctionalModel, batch: Batch, outputs: Tensor) -> None:
     """Check that the model gives the same outputs again; else say whether it is random, or keeps state."""
     limit = FLOOR[model.arithmetic] * (float(outputs.abs().max()) or 1.0)
+    before = model.snapshot()
     with torch.no_grad():
         if float((model(batch) - outputs).abs().max()) <= limit:
             return
+        changed = model.snapshot().changed(before)
         fresh, again = model.copy(), model.copy()
         is_same = float((fresh(batch) - again(batch)).abs().max()) <= limit
     if not is_same:
         raise ModelError(_RANDOM)
-    changed = ", ".join(map(repr, sorted(_changed(model.module, fresh.module))[:5]))
-    raise ModelError(_STATE.format(f", in {changed}" if changed else ""))
-
-
-def _changed(before: nn.Module, after: nn.Module) -> Iterator[str]:
-    """Names of buffers and attributes that differ."""
-    others = dict(after.named_modules())
-    for path, module in before.named_modules():
-        for name, value in _state(module).items():
-            other = _state(others[path]).get(name)
-            if isinstance(value, Tensor) and isinstance(other, Tensor):
-                is_equal = torch.equal(value, other)
-            else:
-                is_equal = value is other or (not isinstance(value, Tensor) and value == other)
-            if not is_equal:
-                yield f"{path}.{name}".removeprefix("model").removeprefix(".")
-
-
-def _state(module: nn.Module) -> dict[str, Any]:
-    kinds = (Tensor, int, float, str, type(None))
-    attributes = {name: value for name, value in vars(module).items() if isinstance(value, kinds)}
-    return {**attributes, **module._buffers}
+    raise ModelError(_STATE.format(f", in {', '.join(map(repr, changed[:5]))}" if changed else ""))
 
 
 def require_single(

@@ -70,7 +70,7 @@ def _probed(model: FunctionalModel, load: Load, num_samples: int, structured: bo
             passes = [Pass(model.explained(each), []) for each in batches]
     outputs = [each.outputs for each in passes]
     mixing, scale = _mixing([each.detach() for each in outputs], chosen)
-    if not mixing <= FLOOR[model.arithmetic] * scale or model.snapshot().differs(before):
+    if model.snapshot().changed(before) or not mixing <= FLOOR[model.arithmetic] * scale:
         require_repeatable(model, batches[0], outputs[0].detach())
     if not mixing <= limit * scale:
         raise ModelError(MIXES.format("outputs", f"change by {mixing:.2g} (of {scale:.2g})"))

@@ -1,5 +1,6 @@
 """The self-check: the engine against plain ``torch.func``, one sample at a time, parameter by parameter."""
 
+import math
 import sys
 import threading
 import warnings
@@ -91,6 +92,8 @@ def _self_check(
     if not compute_error <= limit:
         is_double = engine.model.arithmetic == "float64"
         advice = "Part of the model may compute in another dtype" if is_double else "Use compute_dtype='float64'"
+        if is_double and math.isnan(compute_error):
+            advice = "Products of activations or gradients overflow: scale the inputs or the model"
         raise SelfCheckError(
             f"in {engine.model.arithmetic} the kernel of samples {check.chosen} is off by {compute_error:.1e} of "
             f"sqrt(K_ii K_jj); at most {limit:.0e} is accepted. {advice}"

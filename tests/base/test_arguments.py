@@ -21,6 +21,8 @@ K = np.diag(np.arange(1.0, 7.0))
     ("options", "words"),
     [
         ({"ridge": "1"}, r"solve\(\): ridge='1'; needed a number"),
+        ({"method": np.float64}, "method=<class 'numpy.float64'>; needed 'auto'"),
+        ({"method": np.zeros((9, 9, 9))}, r"method=\[\[\[0.0, .{100,200} …; needed 'auto'"),
         ({"max_passes": 2.5}, "max_passes=2.5; needed an integer or None"),
         ({"seed": -1}, "seed=-1; needed an integer from 0 on"),
         ({"seed": True}, "seed=True; needed an integer"),

@@ -307,3 +307,100 @@ def test_errors_are_the_packages_own_and_nothing_is_written(tmp_path):
             redraw(MIXED["gradient over its norm"][0]()), X, store=tmp_path / "k.zarr", progress=False
         )
     assert not (tmp_path / "k.zarr").exists()
+
+
+class Recurrent(nn.Module):
+    """A cell that goes on from its last state, where that is of a batch of the same size."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.a, self.u, self.b, self.keep = L(6, 3), L(3, 3), L(3, 2), keep
+        self.register_buffer("state", None)
+        self.states = []
+
+    def forward(self, x):
+        last = self.states[-1] if self.states else self.state
+        if last is None or len(last) != len(x):
+            last = x.new_zeros(len(x), 3)
+        state = torch.tanh(self.a(x) + self.u(last))
+        if self.keep == "list":
+            self.states.append(state.detach())
+        else:
+            self.state = state if self.keep == "with its graph" else state.detach()
+        return self.b(state)
+
+    def from_zero(self, x):
+        self.state, self.states = None, []
+        return self(x)
+
+
+@pytest.mark.parametrize("keep", ["buffer", "with its graph", "list"])
+@pytest.mark.parametrize("options", [{}, {"jacobian": "fallback"}, {"self_check": False}], ids=str)
+def test_state_that_batches_of_another_size_do_not_show_is_found(keep, options):
+    model, where = redraw(Recurrent(keep)), ", in 'states'" if keep == "list" else ", in 'state'"
+    options = {"compute_dtype": "float64", "workers": 1, **options}
+    with pytest.raises(ModelError, match=f"keeps state from call to call{where}. Reset"):
+        ntkpipe.kernel_matrix(model, X, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.func.vmap cannot run")
+        found = ntkpipe.kernel_matrix(model, X, kind="ntk", forward=lambda m, x: m.from_zero(x), **options)
+    assert reference.error(found, reference.kernel(model, X, forward=lambda m, x: m.from_zero(x))) <= 1e-12
+
+
+def test_passes_that_change_nothing_are_not_repeated(monkeypatch):
+    """Another pass is run only where something in the model is new, as what it shows is."""
+
+    class Showing(nn.Module):
+        def __init__(self, kept):
+            super().__init__()
+            self.a, self.kept, self.last = L(6, 3), kept, None
+
+        def forward(self, x):
+            passes.append(len(x))
+            hidden = self.a(x)
+            self.last = hidden.detach() if self.kept else None
+            return torch.tanh(hidden)
+
+    passes, counts = [], []
+    for kept in (False, True):
+        passes.clear()
+        model = redraw(Showing(kept))
+        found = ntkpipe.kernel_matrix(model, X, kind="ntk", compute_dtype="float64", workers=1)
+        counts.append(len(passes))
+        assert reference.error(found, reference.kernel(model, X)) <= 1e-12
+    assert counts[1] == counts[0] + 1
+
+
+def at_half(model, h):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=h.dtype == torch.float32):
+        return torch.tanh(h @ model.w)
+
+
+LOWER = {
+    "output": (lambda m, x: m.a(x).float(), "float64", "float32"),
+    "between": (lambda m, x: m.b(torch.tanh(m.a(x)).float().to(x.dtype)), "float64", "float32"),
+    "softmax": (lambda m, x: m.b(torch.softmax(m.a(x), -1, dtype=torch.float32).to(x.dtype)), "float64", "float32"),
+    "weight": (lambda m, x: m.b((m.a(x).float() @ m.w.float()).to(x.dtype)), "float64", "float32"),
+    "half of float64": (lambda m, x: m.b(torch.tanh(m.a(x)).half().to(x.dtype)), "float64", "16 bits or less"),
+    "half of float32": (lambda m, x: m.b(torch.tanh(m.a(x)).bfloat16().to(x.dtype)), "float32", "16 bits or less"),
+    "autocast": (lambda m, x: m.b(at_half(m, m.a(x)).to(x.dtype)), "float32", "16 bits or less"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* of a sample change by:UserWarning")
+@pytest.mark.parametrize("structured", ["structured", "fallback"])
+@pytest.mark.parametrize("name", LOWER)
+def test_parts_in_a_lower_precision_are_warned_of(name, structured):
+    function, dtype, found = LOWER[name]
+    model = redraw(Custom(function, a=L(6, 9), b=L(9, 3), w=nn.Parameter(torch.ones(9, 9))))
+    options = {"compute_dtype": dtype, "jacobian": structured, "workers": 1}
+    with pytest.warns(UserWarning, match=f"computes a part in {found} although compute_dtype='{dtype}'"):
+        ntkpipe.kernel_matrix(model, X, parameters=("a.*",) if "output" in name else None, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "tf32"])
+def test_no_part_in_the_precision_that_is_asked_for_or_a_higher_one_is_warned_of(dtype):
+    model = redraw(Custom(lambda m, x: m.b(torch.softmax(m.a(x).double(), -1).to(x.dtype)), a=L(6, 9), b=L(9, 3)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the model computes a part in")
+        ntkpipe.kernel_matrix(model, X, compute_dtype=dtype, workers=1, self_check=dtype != "bfloat16")

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
 from engines import setup_of
-from reference import redraw
+from reference import Custom, redraw
 from small import WithoutRule
 from torch import nn
 
@@ -192,3 +193,12 @@ def test_the_report_names_the_reference_and_why_it_is_not_torch_func(monkeypatch
     _, report = checked(mlp())
     assert report.reference == "plain autograd (RuntimeError: no such operation under functorch)"
     assert report.compute_error < 1e-12
+
+
+def test_products_that_overflow_in_float64_are_told_from_a_lower_precision():
+    """Where an input is infinite, what a layer makes of the largest number times zero is not a number."""
+    inputs = np.random.default_rng(0).standard_normal((6, 4))
+    inputs[4, 1] = np.inf
+    model = Custom(lambda m, x: m.b(torch.tanh(m.a(torch.nan_to_num(x)))), a=nn.Linear(4, 5), b=nn.Linear(5, 2))
+    with pytest.raises(SelfCheckError, match="overflow: scale the inputs or the model"):
+        ntkpipe.kernel_matrix(redraw(model), inputs, compute_dtype="float64", workers=1)

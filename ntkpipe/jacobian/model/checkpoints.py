@@ -27,6 +27,10 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         keys = ", ".join(map(str, list(state)[:5])) if isinstance(state, Mapping) else type(state).__name__
         raise ModelError(f"checkpoint {path} holds {keys}; needed a state dict, parameter name → tensor")
     wanted = model.state_dict()
+    # Compiled and parallel models save other names than those that they wrap.
+    names = {_plain(name): name for name in wanted}
+    renamed = {names.get(_plain(name), name): value for name, value in state.items()}
+    state = renamed if len(renamed) == len(state) else dict(state)
     problems = [f"missing {name}" for name in wanted if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in wanted]
     problems += [
@@ -37,4 +41,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ModelError(f"checkpoint {path} does not fit the model: {shown}")
-    model.load_state_dict(dict(state))
+    model.load_state_dict(state)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_orig_mod.", "").removeprefix("module.")

@@ -21,6 +21,7 @@ from ntkpipe.jacobian.model.picking import PathPicker, described, hint_of, how_t
 from ntkpipe.jacobian.model.state import (
     Snapshot,
     is_special,
+    put_back,
     require_parameters,
     require_values,
     values_inside,
@@ -38,6 +39,7 @@ DTYPES: dict[ComputeDtype, torch.dtype] = {
 }
 # Outputs of one sample in two batches may differ by rounding only, on the scale of the largest output.
 MIXING_TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 0.1}
+_OF_MODULES = vars(nn.Module()).keys()  # attributes of any module
 _MANY_CHANNELS = 16  # input channels of a 1 x 1 convolution from which it may be channels last
 
 
@@ -138,7 +140,8 @@ class FunctionalModel:
             for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False)
             if id(parameter) in given
         }
-        outputs = torch.func.functional_call(self.module, renamed, (batch,), tie_weights=False)
+        with put_back(_attributes(self.module)):
+            outputs = torch.func.functional_call(self.module, renamed, (batch,), tie_weights=False)
         return self.check_outputs(outputs, batch)
 
     def require_replaced(self, outputs: Tensor) -> None:
@@ -224,7 +227,7 @@ class FunctionalModel:
 
     def snapshot(self) -> Snapshot:
         """What the module holds now."""
-        return Snapshot([vars(child) for child in self.module.modules()])
+        return Snapshot(list(_named_values(self.module)))
 
     def _with_module(self, module: nn.Module, **changes: Any) -> "FunctionalModel":
         selected = {f"model.{name}" for name in self.names}
@@ -247,7 +250,7 @@ def deepcopy(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.M
     """A copy of a module; ``shared`` are objects by id that stay the same, or what takes their place."""
     memo = dict(shared or {})
     try:
-        for value in values_inside([vars(child) for child in module.modules()]):
+        for value in values_inside(_attributes(module), set()):
             if not isinstance(value, Tensor) or id(value) in memo:
                 continue
             if not value.is_leaf:
@@ -259,7 +262,7 @@ def deepcopy(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.M
                 clone = value.detach().clone()
                 memo[id(value)] = nn.Parameter(clone, value.requires_grad) if isinstance(value, nn.Parameter) else clone
         with torch.no_grad():  # else the parameters of a scripted module's copy depend on those of the original
-            return copy.deepcopy(module, memo)
+            return copy.deepcopy(module, dict(memo))
     except Exception as error:
         what = next(_not_copied(module, memo), "")
         raise ModelError(
@@ -270,13 +273,23 @@ def deepcopy(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.M
 
 def _not_copied(module: nn.Module, memo: dict[int, Any]) -> Iterator[str]:
     """Attributes that cannot be copied."""
+    for name, value in _named_values(module):
+        try:
+            copy.deepcopy(value, dict(memo))
+        except Exception:  # noqa: BLE001 - this is what is looked for
+            yield f" at {name!r}"
+
+
+def _attributes(module: nn.Module) -> list[dict[str, Any]]:
+    return [vars(child) for child in module.modules()]
+
+
+def _named_values(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Attributes and buffers by name."""
     for path, child in module.named_modules():
         for name, value in {**vars(child), **child._buffers}.items():
-            if not isinstance(value, dict) or name not in vars(nn.Module()):
-                try:
-                    copy.deepcopy(value, dict(memo))
-                except Exception:  # noqa: BLE001 - this is what is looked for
-                    yield f" at {f'{path}.{name}'.removeprefix('model').removeprefix('.')!r}"
+            if name not in _OF_MODULES:
+                yield f"{path}.{name}".removeprefix("model").removeprefix("."), value
 
 
 def converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -287,10 +300,9 @@ def converted(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn
             return value.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)
         return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
+    copied = deepcopy(module)
     try:
-        found: nn.Module = deepcopy(module)._apply(convert)
-    except ModelError:
-        raise
+        found: nn.Module = copied._apply(convert)
     except Exception as error:
         raise ModelError(
             f"the model cannot be converted to {dtype} on {device} ({type(error).__name__}: {said(error)}); keep what "

@@ -20,7 +20,7 @@ _OF_INDICES = re.compile(
     r"scalar types?: Long, Int|'indices'|used as indices|only be applied to an integer", re.IGNORECASE
 )
 _OF_LAYOUTS = re.compile(r"\b(Sparse|Mkldnn)\w+|sparse_\w+|Nested(Tensor)?\b")
-_INTEGERS = re.compile(r"\b(Long|Int|Byte|Char|Short|Bool|long|int|bool|int\d+|uint8|unsigned char)\b")
+_INTEGERS = re.compile(r"\b(Long|Int|Byte|Char|Short|Bool|long|int|bool|short|u?int\d+|(un)?signed char)\b")
 
 
 class PathPicker:

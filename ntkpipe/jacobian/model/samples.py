@@ -233,15 +233,17 @@ def as_samples(inputs: object, targets: object = None, *, label: str = "inputs",
 
 def require_same_arrays(train: Samples, test: Samples, label: str) -> None:
     """Check that two sets of samples have the same arrays, shapes and dtypes, and frames the same columns."""
-    left, right = train.source.read(0, 1), test.source.read(0, 1)
-    described = [{name: (v.shape[1:], str(v.dtype)) for name, v in arrays.items()} for arrays in (left, right)]
-    if described[0] != described[1] or train.is_mapping != test.is_mapping:
-        words = ["a dict " if samples.is_mapping else "" for samples in (train, test)]
-        raise DataError(f"{label} has samples {words[1]}{described[1]}; the train inputs have {words[0]}{described[0]}")
+    # Real numbers of all dtypes become the compute dtype; integers and truth values are another thing to a model.
+    every = [each.source.read(0, 1).items() for each in (train, test)]
+    kinds = [{name: (v.shape[1:], v.dtype if v.dtype.kind != "f" else "f") for name, v in each} for each in every]
+    if kinds[0] != kinds[1] or train.is_mapping != test.is_mapping:
+        shown = [", ".join(f"{name}: {v.shape[1:]} {v.dtype}" for name, v in each) for each in every]
+        words = ["a dict of " if samples.is_mapping else "" for samples in (train, test)]
+        raise DataError(f"{label} has samples {words[1]}{shown[1]}; {train.label} has {words[0]}{shown[0]}")
     for name in train.columns.keys() & test.columns.keys():
         one, other = train.columns[name], test.columns[name]
         if one != other and list(range(len(one))) not in (one, other):  # those say nothing
-            raise DataError(f"{label} has the columns {other}, the train inputs {one}; pass them in one order")
+            raise DataError(f"{label} has the columns {other}, {train.label} {one}; pass them in one order")
 
 
 def _columns(value: object) -> Collection[object] | None:
@@ -361,10 +363,10 @@ def _why_not_numbers(array: NDArray[Any], value: object, label: str) -> str:
         return f"{label} is {type(value).__name__}, which is no array; {_HOW}"
     entries = np.ndenumerate(array) if array.dtype.kind == "O" else ()
     is_number = Real | np.bool_ | np.ndarray | Tensor
-    place, entry = next(((place, each) for place, each in entries if not isinstance(each, is_number)), ((), ""))
+    place, entry = next(((place, each) for place, each in entries if not isinstance(each, is_number)), ((), None))
     if place:
         found += f" for {entry!s:.40} ({type(entry).__name__}) in row {place[0]}"
     found += "; needed real numbers, integers or booleans"
-    if isinstance(entry, str) and array.dtype.kind in "UTSO":
+    if isinstance(entry, str) or array.dtype.kind in "UTS":
         return f"{found}; a store has labels as numbers: np.unique(labels, return_inverse=True)"
     return found + ("; fill, convert or drop such entries" if place else "")

@@ -1,9 +1,11 @@
 """The tensors of a model, whatever their layout: found, checked and fingerprinted."""
 
+import contextlib
+import copy
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import FunctionType, ModuleType
+from collections.abc import Iterable, Iterator, Mapping
+from types import FunctionType, ModuleType, NoneType
 from typing import Any, cast
 
 import torch
@@ -128,37 +130,61 @@ def _changes_gradients(parameter: Tensor) -> bool:
 
 
 class Snapshot:
-    """What a module holds, by which it shows whether forward passes changed or replaced any of it."""
+    """What the attributes and buffers of a module hold, by which forward passes show which of it they change."""
 
-    def __init__(self, attributes: Sequence[dict[str, Any]]) -> None:
-        self._values = list(values_inside(attributes))  # kept alive, so that nothing new can take their place
-        self._versions = [value._version if isinstance(value, Tensor) else None for value in self._values]
+    def __init__(self, named_values: Iterable[tuple[str, Any]]) -> None:
+        self._held: dict[str, tuple[list[Any], list[int | None]]] = {}
+        seen: set[int] = set()
+        for name, value in named_values:
+            values = list(values_inside([value], seen))  # kept alive, so that nothing new can take their place
+            self._held[name] = values, [each._version if isinstance(each, Tensor) else None for each in values]
 
-    def differs(self, before: "Snapshot") -> bool:
-        """Whether something is not what it was, or not known to be."""
-        pairs = zip(self._values, before._values, strict=False)
-        is_same = len(self._values) == len(before._values) and all(one is other for one, other in pairs)
-        return not is_same or self._versions != before._versions
+    def changed(self, before: "Snapshot") -> list[str]:
+        """Names of what is not what it was, or not known to be."""
+        now, then = self._held, before._held
+        return sorted(name for name in then.keys() | now.keys() if not _is_same(then.get(name), now.get(name)))
 
 
-def values_inside(attributes: Sequence[dict[str, Any]]) -> Iterator[Any]:
-    """Every value that a copy of modules with these attributes would copy, in containers and plain objects too."""
-    left: list[Any] = list(attributes)
-    seen: set[int] = set()
+def _is_same(before: Any, now: Any) -> bool:
+    if before is None or now is None or before[1] != now[1]:
+        return False
+    return all(one is other for one, other in zip(before[0], now[0], strict=True))
+
+
+@contextlib.contextmanager
+def put_back(attributes: list[dict[str, Any]]) -> Iterator[None]:
+    """Undo what passes leave behind in attributes and containers: tensors of ``torch.func`` are of no use after it."""
+    held = values_inside(attributes, set())
+    kept = [(each, copy.copy(each)) for each in held if isinstance(each, dict | list | set | deque)]
+    try:
+        yield
+    finally:
+        for each, before in kept:
+            now, then = ((*each, *(each.values() if isinstance(each, dict) else ())) for each in (each, before))
+            if len(now) != len(then) or any(one is not other for one, other in zip(now, then, strict=True)):
+                each.clear()
+                (each.update if isinstance(each, dict | set) else each.extend)(before)
+
+
+def values_inside(holders: list[Any], seen: set[int]) -> Iterator[Any]:
+    """Every value that a copy of these would copy, in containers and plain objects too, and those."""
+    left = list(holders)
     while left:
         value = left.pop()
         if id(value) in seen:
             continue
-        seen.add(id(value))
+        yield value
+        if isinstance(value, Tensor | FunctionType | ModuleType | NoneType):
+            continue
         if isinstance(value, dict):
             left += value.values()
         elif isinstance(value, list | tuple | set | deque):
             left += value
+        elif getattr(type(value), "__reduce_ex__", 0) is _PLAIN and hasattr(value, "__dict__"):
+            left.append(value.__dict__)
         else:
-            yield value
-            is_copied = not isinstance(value, Tensor | FunctionType | ModuleType)
-            if is_copied and getattr(type(value), "__reduce_ex__", 0) is _PLAIN:
-                left.append(getattr(value, "__dict__", None))
+            continue
+        seen.add(id(value))
 
 
 def _bytes_of(name: str, value: Tensor) -> Any:

@@ -29,6 +29,28 @@ def test_a_checkpoint_restores_the_state(model, tmp_path, suffix):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+def of_part(model):
+    return nn.Sequential(torch.compile(model[0], backend="eager"), *model[1:])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda m: torch.compile(m, backend="eager"), of_part, nn.DataParallel, lambda m: nn.DataParallel(of_part(m))],
+)
+def test_names_of_compiled_and_parallel_models_are_those_of_what_they_wrap(model, tmp_path, wrap):
+    other = copy.deepcopy(model)
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    torch.save({name: value + 1 for name, value in wrap(other).state_dict().items()}, tmp_path / "a.pt")
+    load_checkpoint(model, tmp_path / "a.pt")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    torch.save(state, tmp_path / "b.pt")
+    load_checkpoint(wrap(other), tmp_path / "b.pt")
+    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+    torch.save({**state, "module.0.bias": torch.ones(3)}, tmp_path / "c.pt")
+    with pytest.raises(ModelError, match=r"unexpected module\.0\.bias$"):
+        load_checkpoint(model, tmp_path / "c.pt")
+
+
 class _Payload:
     def __reduce__(self):
         return (exec, ("raise SystemExit('a checkpoint was executed')",))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from ntkpipe import kernel_matrix
 from ntkpipe.base.errors import ConfigError, ModelError
@@ -94,6 +95,10 @@ def test_a_part_of_any_output_is_picked(returned, forward):
         (lambda y: y.T, None, ModelError, r"give forward=lambda output: output.T$"),
         (lambda y: y.sum(), None, ModelError, r"shape \(\).*A single number"),
         (lambda y: y > 0, None, ModelError, "dtype torch.bool; .*before argmax"),
+        (lambda y: y, lambda: 1, ConfigError, r"forward takes \(\); needed '\.attribute'"),
+        (lambda y: y, lambda a, b, c: a, ConfigError, r"forward takes \(a, b, c\); needed"),
+        (lambda y: y, lambda a, *, b: a, ConfigError, r"forward takes \(a, \*, b\); needed"),
+        (lambda y: y.to_sparse(), None, ModelError, r"layout torch.sparse_coo; .*lambda output: output.to_dense\(\)$"),
         (lambda y: torch.complex(y, y), None, ModelError, r"torch.view_as_real\(output\).flatten\(1\)$"),
     ],
 )  # fmt: skip
@@ -107,6 +112,7 @@ def test_what_an_error_advises_works():
         (lambda y: y[:, 0], lambda output: output[:, None]),
         (lambda y: y[:, :, None].expand(-1, -1, 2), lambda output: output.flatten(1)),
         (lambda y: y.T, lambda output: output.T),
+        (lambda y: y.to_sparse(), lambda output: output.to_dense()),
         (lambda y: torch.complex(y, y), lambda output: torch.view_as_real(output).flatten(1)),
     ):
         found = kernel(lambda net, x, returned=returned: returned(net.linear(x)), forward=hook, kind="trace")
@@ -115,6 +121,8 @@ def test_what_an_error_advises_works():
 
 _COMPUTE = r"take the compute dtype, float64: where .*x\.new_zeros\(n\); or, .*compute_dtype='float32'$"
 _REAL = r"give real inputs, as inputs\.astype\(numpy\.float32\)$"
+_MADE = r"makes or keeps integers .*: cast them to the dtype of weights, or of x$"
+_DENSE = r"keep it as \.to_sparse_csr\(\), or dense as \.to_dense\(\)$"
 _INTEGER = r"give what is looked up as integers, as inputs\.astype\(numpy\.int64\)$"
 _NUMBERS = np.arange(24).reshape(6, 4) % 10
 
@@ -131,6 +139,9 @@ _NUMBERS = np.arange(24).reshape(6, 4) % 10
         (lambda net, x: net.linear(x), _NUMBERS, _REAL),
         (lambda net, x: net.linear(x), _NUMBERS > 3, _REAL),
         (lambda net, x: net.linear(x), _NUMBERS.astype(np.uint8), _REAL),
+        (lambda net, x: net.linear(one_hot(torch.arange(len(x)) % 4)), INPUTS, _MADE),
+        (lambda net, x: net.linear(x) @ torch.ones(3, 2, dtype=torch.int8), INPUTS, _MADE),
+        (lambda net, x: torch.ones(2, 4).to_sparse_bsc((1, 1)) @ x.T, INPUTS.astype(np.float32), _DENSE),
         (lambda net, x: net.linear(net.table(x).mean(1)), INPUTS, _INTEGER),
         (lambda net, x: net.linear(net.table(x).mean(1)), _NUMBERS.astype(np.int16), _INTEGER),
         (lambda net, a, b: net.linear(a + b), {"a": INPUTS, "c": INPUTS}, "by their names, here a, c; the model takes"),
@@ -155,7 +166,10 @@ def fails(text: str) -> Callable[..., Any]:
     return function
 
 
-@pytest.mark.parametrize(("text", "told"), [("too bad.", "too bad"), ("", "ValueError"), ("a\nb.\n", "a\nb")])
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("too bad.", "too bad"), ("", "ValueError"), ("a\nb.\n", "a\nb"), ("a!\n\nb", "a"), (500 * "a", 400 * "a" + "…")],
+)
 def test_words_of_an_error_end_without_a_full_stop(text, told):
     with pytest.raises(ModelError) as failure:
         kernel(fails(text))

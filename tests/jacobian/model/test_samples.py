@@ -8,13 +8,16 @@ import dask.array
 import numpy as np
 import pandas as pd
 import pytest
+import reference
 import scipy.sparse
 import torch
 import xarray as xr
 import zarr
+from reference import redraw
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
 
+from ntkpipe import compute_kernel
 from ntkpipe.base.errors import ConfigError, DataError, NonFiniteError
 from ntkpipe.jacobian.model import samples as datasets
 from ntkpipe.jacobian.model.samples import StoredSource, as_samples, require_same_arrays, show_samples
@@ -182,7 +185,7 @@ def test_frames_must_have_their_columns_in_one_order(order):
         if order == [0, 1, 2, 3]:
             require_same_arrays(as_samples(wrap(train)), as_samples(wrap(test)), "test_inputs")
         else:
-            with pytest.raises(DataError, match=r"columns \['d', 'b', 'c', 'a'\], the train inputs"):
+            with pytest.raises(DataError, match=r"columns \['d', 'b', 'c', 'a'\], inputs \['a'"):
                 require_same_arrays(as_samples(wrap(train)), as_samples(wrap(test)), "test_inputs")
     require_same_arrays(as_samples(train), as_samples(pd.DataFrame(test.to_numpy())), "test_inputs")
     require_same_arrays(as_samples(train), as_samples(test.to_numpy()), "test_inputs")
@@ -222,6 +225,7 @@ def test_dtypes_become_ones_that_torch_and_the_store_have(values, dtype):
         (3, "x is int; needed a tensor"),
         (Stream(), "x is Stream; needed a tensor"),
         (DataLoader(INPUTS), "x is DataLoader; needed a tensor"),
+        (np.full(3, 2**70), r"x has dtype object; needed real numbers, integers or booleans$"),
         (np.ones((6, 0)), r"x has shape \(6, 0\): its samples are empty"),
         (torch.eye(3).to_sparse(), r"x \(Tensor\) cannot be made an array: .*to_dense"),
         (torch.ones(3, 2, device="meta"), r"x \(Tensor\) cannot be made an array"),
@@ -389,11 +393,24 @@ def test_a_data_set_that_changes_its_dtype_midway_is_refused(monkeypatch):
         as_samples([np.ones(3, np.float32), np.ones(3)]).inspect("x")
 
 
+@pytest.mark.parametrize("dtypes", [(np.float64, np.float32), (np.float16, np.float64)])
+def test_real_inputs_of_two_dtypes_give_the_kernel_of_their_values(tmp_path, dtypes):
+    train, test = (np.random.default_rng(n).standard_normal((5 + n, 4)).astype(d) for n, d in enumerate(dtypes))
+    model = redraw(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))).double()
+    exact = reference.kernel(model, torch.from_numpy(np.concatenate([train, test]).astype(float)))
+    found = compute_kernel(
+        model, train, test_inputs=test, store=tmp_path / "a", kind="ntk", compute_dtype="float64", progress=False
+    )
+    np.testing.assert_allclose(found.train[:], exact[:10, :10], atol=1e-12 * np.abs(exact).max())
+    np.testing.assert_allclose(found.test_train[:], exact[10:, :10], atol=1e-12 * np.abs(exact).max())
+
+
 def test_train_and_test_must_be_alike():
     train = as_samples(INPUTS)
-    require_same_arrays(train, as_samples(INPUTS[:2]), "test_inputs")
-    for other in (INPUTS[:, :3], INPUTS.astype(float), {"input": INPUTS}, TOKENS):
-        with pytest.raises(DataError, match="test_inputs has samples"):
+    for other in (INPUTS[:2], INPUTS.astype(float), INPUTS.astype(np.float16)):  # all become the compute dtype
+        require_same_arrays(train, as_samples(other), "test_inputs")
+    for other in (INPUTS[:, :3], INPUTS.astype(int), INPUTS > 0, {"input": INPUTS}, TOKENS):
+        with pytest.raises(DataError, match=r"test_inputs has samples .*; inputs has input: \(4,\) float32"):
             require_same_arrays(train, as_samples(other), "test_inputs")
 
 

@@ -1,5 +1,6 @@
 """Tensors of any layout are checked, copied and fingerprinted; what has no derivative is refused by name."""
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype:UserWarning"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),
     pytest.mark.filterwarnings("ignore:torch.func.vmap cannot run:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning"),
 ]
 CPU = torch.device("cpu")
 GENERATOR = torch.Generator().manual_seed(0)
@@ -217,12 +219,30 @@ REFUSED = {
     "nan in coo": (lambda: graph(EDGES.to_sparse() * torch.nan), "'edges' of the model has 6 NaN entries of 16"),
     "nan in float8": (lambda: added((VALUES * torch.nan).to(torch.float8_e5m2)), "'values' of the model has 4 NaN"),
     "mkldnn": (lambda: graph(EDGES.float().to_mkldnn()), "cannot be converted to torch.float64 on cpu"),
+    "lock": (lambda: holding(threading.Lock()), "cannot pickle '_thread.lock' object. at 'held'; keep what cannot be"),
+    "lock in a part": (lambda: nn.Sequential(nn.Tanh(), holding(threading.Lock())), "at '1.held'; keep what cannot be"),
+    "generator in a list": (lambda: holding([(i for i in ())]), "at 'held'"),
+    "quantised by channels, with float offsets": (
+        lambda: added(torch.quantize_per_channel(VALUES.float(), VALUES.float() + 1, VALUES.float(), 0, torch.qint8)),
+        "the model cannot be copied .*quantized",
+    ),
+    "bsr, which has no backward": (
+        lambda: graph(EDGES.to_sparse_bsr((2, 2))),
+        r"where autograd differentiated it.*keep it as \.to_sparse_csr\(\), or dense",
+    ),
+    "masked tensor": (lambda: added(torch.masked.masked_tensor(VALUES, VALUES > 0), lambda v, x: 0), "'values' of the"),
     "hook in place": (lambda: hooked(in_place), "parameter '0.weight' has a hook that changes its gradient"),
     "hook that scales": (lambda: hooked(lambda g: g * 0.5), "has a hook that changes its gradient.*remove the hook"),
     "hook that clips": (lambda: hooked(lambda g: g.clamp_(-10, 10)), "has a hook that changes its gradient"),
     "hook that masks": (lambda: hooked(lambda g: g * torch.eye(4)), "has a hook that changes its gradient"),
     "hook that raises": (lambda: hooked(lambda g: g.nothing), "has a hook that changes its gradient"),
 }
+
+
+def holding(value):
+    model = mlp()
+    model.held = value
+    return model
 
 
 def with_trainable(value):
@@ -325,6 +345,33 @@ def test_tensors_that_an_earlier_pass_left_behind_are_no_obstacle():
     model.seen, model.kept = [], {}
     model(X)
     assert reference.error(ntkpipe.kernel_matrix(model, X, **OPTIONS), live(model)) < 1e-12
+
+
+KEEPS = {
+    "attribute": lambda m, h: setattr(m, "kept", h),
+    "detached": lambda m, h: setattr(m, "kept", h.detach()),
+    "list": lambda m, h: m.listed.append(h),
+    "dict": lambda m, h: m.named.update(h=[h]),
+    "set": lambda m, h: m.several.add(h),
+    "object": lambda m, h: setattr(m.object, "kept", (h,)),
+    "buffer": lambda m, h: setattr(m, "buffer", h.detach()),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"jacobian": "fallback"}, {"kind": "ntk", "tile": 3}], ids=str)
+@pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
+def test_a_model_that_keeps_what_it_computes_has_the_kernel_of_one_that_does_not(keep, options):
+    def forward(model, x):
+        hidden = torch.tanh(model.first(x))
+        keep(model, hidden)
+        return model.last(hidden)
+
+    parts = {"listed": [], "named": {}, "several": set(), "object": SimpleNamespace(), "kept": None}
+    model = redraw(Custom(forward, first=nn.Linear(4, 4), last=nn.Linear(4, 2), **parts)).double()
+    model.register_buffer("buffer", torch.zeros(1, 4, dtype=torch.float64))
+    exact = reference.kernel(model, X, kind=options.get("kind", "pntk"))
+    assert reference.error(ntkpipe.kernel_matrix(model, X, **{**OPTIONS, "workers": 2}, **options), exact) < 1e-12
+    assert not model.listed  # it is a copy that is run
 
 
 def test_a_parameter_that_overflows_the_compute_dtype_is_named():
