@@ -174,5 +174,6 @@ def gradients_of(model: FunctionalModel, outputs: Tensor, seeds: Tensor) -> dict
     parameters = model.parameters
     if not outputs.requires_grad:
         return {}
+    seeds = seeds.clone()  # which hooks may change in place
     found = torch.autograd.grad(outputs, list(parameters.values()), seeds, retain_graph=True, allow_unused=True)
     return {name: each.to_dense() for name, each in zip(parameters, found, strict=True) if each is not None}
