@@ -155,12 +155,18 @@ def _changes(model: FunctionalModel, batch: Batch, place: int) -> list[tuple[flo
 def in_company(model: FunctionalModel, batch: Batch, order: Sequence[int], place: int) -> Company:
     """Run some samples of a batch, and pull covectors back: of all, and of all but the sample at a place."""
     outputs = model(take(batch, order))
-    seeds = covectors_of(outputs, order)
-    whole = gradients_of(model, outputs, seeds)
-    seeds[place] = 0
-    rest = gradients_of(model, outputs, seeds)
-    own = {name: value - rest[name] if name in rest else value for name, value in whole.items()}
+    own, whole = gradients_among(model, outputs, covectors_of(outputs, order), [place])
     return Company(outputs[place].detach(), own, whole)
+
+
+def gradients_among(
+    model: FunctionalModel, outputs: Tensor, seeds: Tensor, places: Sequence[int]
+) -> tuple[Gradients, Gradients]:
+    """Gradients of the samples at some places, pulled back together with the others of a batch; and of all of them."""
+    whole, others = gradients_of(model, outputs, seeds), seeds.clone()
+    others[places] = 0
+    rest = gradients_of(model, outputs, others)
+    return {name: value - rest[name] if name in rest else value for name, value in whole.items()}, whole
 
 
 def covectors_of(outputs: Tensor, samples: Sequence[int]) -> Tensor:
