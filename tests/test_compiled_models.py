@@ -13,7 +13,8 @@ from torch import nn
 
 from ntkpipe import compute_kernel, kernel_matrix, verify
 from ntkpipe.base.errors import ModelError
-from ntkpipe.jacobian.model.functional import fingerprint, select_parameters, uncompiled
+from ntkpipe.jacobian.model.functional import select_parameters, uncompiled
+from ntkpipe.jacobian.model.state import fingerprint
 from ntkpipe.jacobian.representations.interface import Rates
 
 WORDS = ("`torch.jit:DeprecationWarning", "`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
