@@ -10,8 +10,11 @@ from derivatives import CASES, POINTS, directional, heat, laplacian_taylor, net,
 from quiet import QUIET
 from reference import Custom, error, grams, jacobians, kernel, pseudo, redraw, size_of
 from torch import nn
+from torch.utils import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import checkpoint
 
 from ntkpipe import compute_kernel, kernel_matrix, verify
+from ntkpipe.base.errors import ModelError
 from ntkpipe.jacobian.representations.interface import Rates
 
 # The fallback warns of its loop; models that call backward() inside are warned by torch.
@@ -40,6 +43,62 @@ def test_kernels_are_exact_by_structure_and_without(name):
     count = len(exact) // size_of(inputs)
     last = kernel_matrix(model, given, kind=f"output:{count - 1}", workers=1, **options)
     assert error(last, exact[count - 1 :: count, count - 1 :: count]) < 1e-10
+
+
+def reentrant(run, x):
+    return checkpoint(run, x, use_reentrant=True)
+
+
+REENTRANT = {
+    "inputs that require gradients": lambda m, x, wrap: m.b(wrap(m.u, x.requires_grad_(True))),
+    "inputs that do not": lambda m, x, wrap: m.b(wrap(m.u, x)),
+    "behind a layer": lambda m, x, wrap: m.b(wrap(m.u, m.a(x))),
+    "twice": lambda m, x, wrap: m.b(wrap(m.u, wrap(m.a, x))),
+    "one in the other": lambda m, x, wrap: m.b(wrap(lambda h: wrap(m.u, h) + 1, m.a(x))),
+}
+
+
+@pytest.mark.parametrize("jacobian", ["structured", "fallback"])
+@pytest.mark.parametrize("name", REENTRANT)
+def test_reentrant_checkpoints_are_differentiated_through(name, jacobian, tmp_path):
+    # autograd.grad gets no gradients through them, neither here nor in a reference: it goes without.
+    layers = {"a": nn.Linear(2, 2), "u": net(2, 3), "b": nn.Linear(3, 2)}
+    model = redraw(Custom(lambda m, x: REENTRANT[name](m, x, reentrant), **layers))
+    plain = Custom(lambda m, x: REENTRANT[name](m, x, lambda run, h: run(h)), **layers)
+    given, original = (
+        {"kind": "ntk", "compute_dtype": "float64", "jacobian": jacobian},
+        torch_checkpoint.CheckpointFunction,
+    )
+    stored = compute_kernel(model, POINTS.numpy(), store=tmp_path / "kernel", progress=False, **given)
+    assert error(np.asarray(stored.train), kernel(plain, POINTS)) < 1e-10
+    assert verify(stored, model, progress=False).is_good
+    assert torch_checkpoint.CheckpointFunction is original
+
+
+class Reversible(torch.autograd.Function):
+    """Keeps gradients of a layer with its parameters, as optimizers find them, and returns that of the input."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return x + layer(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.layer(x), grad)
+        return grad + x.grad, None
+
+
+@pytest.mark.parametrize("jacobian", ["structured", "fallback"])
+def test_gradients_that_a_backward_pass_keeps_are_not_missed(jacobian):
+    model = redraw(
+        Custom(lambda m, x: m.b(Reversible.apply(m.a(x), m.u)), a=nn.Linear(2, 3), u=net(3, 3), b=nn.Linear(3, 2))
+    )
+    with pytest.raises(ModelError, match="return their gradients"):
+        kernel_matrix(model, POINTS.numpy(), compute_dtype="float64", jacobian=jacobian)
 
 
 @pytest.mark.parametrize(

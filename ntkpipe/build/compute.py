@@ -18,7 +18,7 @@ from ntkpipe.build.from_model import ModelSource
 from ntkpipe.build.life import Place, fill, require_same
 from ntkpipe.build.mend import NOT_CERTIFIED, RepairReport, mend, verify_with
 from ntkpipe.build.plan import Plan
-from ntkpipe.build.prepare import Request, exact_single_thread, time_jacobians
+from ntkpipe.build.prepare import Request, exact_single_thread, time_jacobians, traced_or_whole
 from ntkpipe.build.workers import find_resources
 from ntkpipe.jacobian.model.functional import Forward, uncompiled
 from ntkpipe.jacobian.model.samples import Samples, StoredSource, as_samples
@@ -140,8 +140,9 @@ def plan_kernel(arguments: Mapping[str, Any]) -> PlannedKernel:
         resources = find_resources(request, *(arguments[name] for name in ("client", "code", "progress")))
         source = ModelSource.of(request, resources, lambda samples, _: samples.describe())
         work = place.work(source)
-        engine = source.engine(work)
-        planned = source.plan(work, engine)
+        engine, planned = traced_or_whole(
+            source.prepared, source.engine(work), lambda engine: (engine, source.plan(work, engine))
+        )
         if resources.cluster is None:
             planned = time_jacobians(planned, source.prepared, engine)
         return PlannedKernel(planned, report_of(engine))

@@ -150,12 +150,18 @@ def _changes(model: FunctionalModel, batch: Batch, place: int) -> list[tuple[flo
 def in_company(model: FunctionalModel, batch: Batch, order: Sequence[int], place: int) -> Company:
     """Run some samples of a batch, and pull covectors back: of all, and of all but the sample at a place."""
     outputs = model(take(batch, order))
-    seeds = covectors_of(outputs, order)
-    whole = gradients_of(model.parameters, outputs, seeds)
-    seeds[place] = 0
-    rest = gradients_of(model.parameters, outputs, seeds)
-    own = {name: value - rest[name] if name in rest else value for name, value in whole.items()}
+    own, whole = gradients_among(model.parameters, outputs, covectors_of(outputs, order), [place])
     return Company(outputs[place].detach(), own, whole)
+
+
+def gradients_among(
+    parameters: Mapping[str, Tensor], outputs: Tensor, seeds: Tensor, places: Sequence[int]
+) -> tuple[Gradients, Gradients]:
+    """Gradients of the samples at some places, pulled back together with the others of a batch; and of all of them."""
+    whole, others = gradients_of(parameters, outputs, seeds), seeds.clone()
+    others[places] = 0
+    rest = gradients_of(parameters, outputs, others)
+    return {name: value - rest[name] if name in rest else value for name, value in whole.items()}, whole
 
 
 def covectors_of(outputs: Tensor, samples: Sequence[int]) -> Tensor:
@@ -168,6 +174,6 @@ def gradients_of(parameters: Mapping[str, Tensor], outputs: Tensor, seeds: Tenso
     """Gradients of the parameters that any arrive at, by one backward pass."""
     if not outputs.requires_grad:
         return {}
-    own = seeds.clone()  # hooks may change it in place
-    found = torch.autograd.grad(outputs, list(parameters.values()), own, retain_graph=True, allow_unused=True)
+    seeds = seeds.clone()  # which hooks may change in place
+    found = torch.autograd.grad(outputs, list(parameters.values()), seeds, retain_graph=True, allow_unused=True)
     return {name: each.to_dense() for name, each in zip(parameters, found, strict=True) if each is not None}

@@ -16,6 +16,7 @@ from ntkpipe.jacobian.mixing import (
     MIXES,
     covectors_of,
     distance,
+    gradients_among,
     gradients_of,
     require_repeatable,
     require_single,
@@ -145,18 +146,15 @@ def _mixing(outputs: Sequence[Tensor], chosen: Sequence[int]) -> tuple[float, fl
 def _gradients(model: FunctionalModel, outputs: Sequence[Tensor]) -> tuple[set[str], float]:
     """Parameters that gradients of the outputs arrive at, and by how much gradients differ between two batches."""
     # Those of three samples by themselves; among five, pulled back together, as the difference to the other two.
-    few, (first, second), parameters = torch.tensor(_PROBES[1]), _PROBES[:2], model.parameters
+    (first, second, _), parameters = _PROBES, model.parameters
     try:
-        seeds = covectors_of(outputs[0], first)
-        whole = gradients_of(parameters, outputs[0], seeds)
+        places = [place for place, sample in enumerate(first) if sample in second]
+        among, whole = gradients_among(parameters, outputs[0], covectors_of(outputs[0], first), places)
         alone = gradients_of(parameters, outputs[1], covectors_of(outputs[1], second))
-        others = ~torch.isin(torch.tensor(first), few)[:, None].to(seeds.device)
-        rest = gradients_of(parameters, outputs[0], seeds * others)
     except (NtkpipeError, MemoryError):
         raise
     except Exception as error:  # a backward of its own may raise anything
         raise model.failure(error, "where autograd differentiated it") from error
-    among = {name: value - rest[name] if name in rest else value for name, value in whole.items()}
     return whole.keys() | alone.keys(), distance(among, alone, whole)
 
 

@@ -311,3 +311,14 @@ def test_an_ordinary_model_is_certified_in_one_pass_and_records_say_how(tmp_path
     store.store.write_result("certificate", {**record, "kernels": kernels})
     said = [row[-1] for row in verification_section(store.store).parts[1].rows]
     assert said == 2 * ["good, by gradients alone"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.func.vmap cannot run:UserWarning")
+def test_certificates_by_gradients_show_their_progress(tmp_path, capsys):
+    model = redraw(UNLIKE["straight-through rounding"]())
+    store = compute(model, tmp_path / "k.zarr", compute_dtype="float64")
+    capsys.readouterr()
+    assert ntkpipe.verify(store, model, progress=True).is_good
+    shown = capsys.readouterr().err
+    assert "gradients of train" in shown
+    assert "gradients of test" in shown

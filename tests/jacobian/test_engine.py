@@ -1,5 +1,7 @@
 """The engine: pieces, batches of any size, recorded choices, what memory and operations cost."""
 
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
@@ -9,7 +11,7 @@ from reference import Custom, redraw
 from small import with_sizes
 from torch import nn
 
-from ntkpipe.base.errors import ModelError
+from ntkpipe.base.errors import ModelError, NonFiniteError
 from ntkpipe.jacobian.engine import Engine
 
 X = torch.randn(7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -206,6 +208,28 @@ def test_cost_counts_operations_and_bytes():
     assert cost.workspace_bytes >= cost.block_bytes
     # Forward 2 * (6*200 + 200*3), and one pull-back through the second layer a covector.
     assert cost.jacobian_flops >= 2 * (6 * 200 + 200 * 3) + 3 * 2 * 200 * 3
+
+
+@pytest.mark.parametrize("structured", [True, False])
+@pytest.mark.parametrize("pairs", ["all", "same", "sum"])
+def test_costs_of_many_covectors_are_measured_by_a_few(pairs, structured, monkeypatch):
+    model = redraw(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 40)))
+    engine = engine_of(model, X, torch.eye(40, dtype=torch.float64), structured=structured).with_covectors(
+        torch.eye(40, dtype=torch.float64), pairs
+    )
+    whole = engine.cost(X)
+    monkeypatch.setattr("ntkpipe.jacobian.engine._METERED", 8)
+    # Which tensor is the largest may change with the number of covectors, and only speed depends on it.
+    assert replace(engine.cost(X), largest_bytes=whole.largest_bytes) == whole
+
+
+@pytest.mark.filterwarnings("ignore:torch.func.vmap cannot run")
+def test_outputs_beyond_the_measured_covectors_must_be_finite(monkeypatch):
+    monkeypatch.setattr("ntkpipe.jacobian.engine._METERED", 4)
+    model = reference.Custom(lambda m, x: torch.cat([m.a(x), (m.a(x)[:, :1] * 0).sqrt()], dim=1), a=nn.Linear(6, 9))
+    engine = engine_of(model, X, torch.eye(10, dtype=torch.float64))
+    with pytest.raises(NonFiniteError, match="NaN or infinite"):
+        engine.cost(X)
 
 
 def test_the_fallback_costs_its_width():

@@ -193,10 +193,13 @@ def test_what_is_made_together_moves_together():
     assert moved.fallback == {"v": "as a test", "w": "as a test"}
 
 
-def test_nothing_traced_leaves_everything_that_is_used():
-    tracing = nothing_traced(["a", "b", "c"], "as a test", unused=("b",))
-    assert (tracing.covered, tracing.uses, tracing.unused) == ((), (), ("b",))
-    assert tracing.fallback == {"a": "as a test", "c": "as a test"}
+def test_nothing_traced_leaves_everything_but_what_is_known_to_be_unused():
+    tracing = nothing_traced(["a", "b", "c"], "as a test")
+    assert (tracing.covered, tracing.uses, tracing.unused) == ((), (), ())
+    assert tracing.fallback == dict.fromkeys("abc", "as a test")
+    less = tracing.without_use(["b"])
+    assert (less.fallback, less.unused) == ({"a": "as a test", "c": "as a test"}, ("b",))
+    assert less.without({"b": "it is used"}).unused == ()
 
 
 OTHERWISE = {
