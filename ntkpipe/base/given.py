@@ -2,6 +2,7 @@
 
 import math
 import os
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from ntkpipe.base.errors import ConfigError, NonFiniteError, TileError
 from ntkpipe.base.paths import said
 
-_NUMBERS = (bool, int, float, np.number, np.bool_)
+_NUMBERS = (Number, np.bool_)
 # What puts entries into memory that are a tensor's with gradients, computed later, or sparse.
 _INTO_MEMORY = ("detach", "cpu", "to_dense", "compute", "toarray")
 _MOST_NAMED = 8  # chunks in a message
@@ -46,12 +47,16 @@ def as_array(name: str, given: Any) -> NDArray[Any]:
 
 
 def _numbers(values: NDArray[Any]) -> NDArray[Any]:
-    """Objects that are all numbers as such."""
-    is_plain = values.dtype.kind == "O" and not isinstance(values, np.ma.MaskedArray)
-    if is_plain and values.ndim and all(isinstance(one, _NUMBERS) for one in values.reshape(-1).tolist()):
-        narrow = np.array(values.tolist(), None if values.ndim == 1 else np.float64)
-        return narrow if narrow.shape == values.shape else values
-    return values
+    """Objects that are all numbers as such; integers beyond int64, which may be labels, stay objects."""
+    if values.dtype.kind != "O" or not values.ndim or isinstance(values, np.ma.MaskedArray):
+        return values
+    flat = values.reshape(-1).tolist()
+    if not all(isinstance(one, _NUMBERS) for one in flat):
+        return values
+    narrow = np.array(flat, None if values.ndim == 1 else np.float64)
+    if narrow.dtype.kind == "O" and not all(isinstance(one, int) for one in flat):
+        narrow = narrow.astype(np.float64)  # of decimals and fractions
+    return narrow.reshape(values.shape)
 
 
 def _in_memory(given: Any) -> Any:

@@ -158,22 +158,16 @@ def as_values(targets: Any, name: str = "targets") -> NDArray[Any]:
 
 
 def _narrowed(values: NDArray[Any]) -> NDArray[Any]:
-    """Objects that are all text, or all numbers, which become such; integers beyond int64 are labels."""
+    """Objects that are all text, or integers beyond int64, and that are all there."""
     flat = values.reshape(-1).tolist()
     there = [one for one in flat if not _is_missing(one)]
-    are_numbers = all(isinstance(one, Number | np.bool_) for one in there)
-    if not are_numbers and not all(isinstance(one, str) for one in there):
-        if all(isinstance(one, str | bytes) for one in there):
-            return np.array([one.decode() if isinstance(one, bytes) else one for one in flat]).reshape(values.shape)
+    if not any(all(isinstance(one, kind) for one in there) for kind in (str | bytes, Number)):
         names = ", ".join(sorted({type(one).__name__ for one in flat}))
         raise ConfigError(f"labels of several types, or none that is known ({names}); needed all integers, or all text")
     _require_all(values)
-    if not are_numbers:
-        return values
-    narrow = np.array(flat, None if values.ndim == 1 else np.float64)
-    if narrow.dtype.kind == "O" and not all(isinstance(one, int) for one in flat):
-        narrow = narrow.astype(np.float64)  # of decimals and fractions
-    return narrow.reshape(values.shape)
+    if any(isinstance(one, bytes) for one in flat):
+        return np.array([one.decode() if isinstance(one, bytes) else one for one in flat]).reshape(values.shape)
+    return values
 
 
 def _is_missing(one: Any) -> bool:
