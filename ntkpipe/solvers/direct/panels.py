@@ -261,8 +261,10 @@ class FactorFolder:
     def held(self) -> Iterator[None]:
         """Lock the folder where the medium has locks, and remove what a killed writer left."""
         with writing(self.medium):
-            self.medium.put_new(DOCUMENT, group_document({}))
-        if group_attributes(self.medium.get(DOCUMENT), str(self.medium.address(DOCUMENT))):
+            is_foreign = self.medium.size(DOCUMENT) is None and not self.medium.is_vacant()
+            if not is_foreign:
+                self.medium.put_new(DOCUMENT, group_document({}))
+        if is_foreign or group_attributes(self.medium.get(DOCUMENT), str(self.medium.address(DOCUMENT))):
             raise StoreExistsError(f"{self.root} holds something else; give the factor a path of its own")
         with contextlib.ExitStack() as stack:
             try:
