@@ -7,8 +7,18 @@ from difflib import get_close_matches
 from numpy.linalg import LinAlgError
 
 
+def _restored(kind: type[BaseException], *args: object) -> BaseException:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    return error
+
+
 class NtkpipeError(Exception):
     """Base of every error that ntkpipe raises on purpose."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Other processes, such as joblib's, send back what was raised; some are not made of their message alone.
+        return _restored, (type(self), *self.args), vars(self)
 
 
 class ConfigError(NtkpipeError, ValueError):

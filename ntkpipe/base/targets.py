@@ -106,8 +106,6 @@ def encode(targets: ArrayLike, *, task: Task = "auto", num_outputs: int | None =
         if labels.dtype.kind == "f":
             labels = labels.astype(np.int64)
         classes = _classes_of(labels if codes is None else np.arange(values.shape[1]), num_outputs, task)
-        if task == "auto" and codes is None and labels.dtype.kind != "b":
-            _doubt(labels, np.unique(labels))
         return _encoded(labels, classes, is_binary=task == "binary")
     return _real(values, warns=task == "auto")
 
@@ -158,22 +156,17 @@ def as_values(targets: Any, name: str = "targets") -> NDArray[Any]:
 
 
 def _narrowed(values: NDArray[Any]) -> NDArray[Any]:
-    """Objects that are all text, or all numbers, which become such; integers beyond int64 are labels."""
+    """Objects that are all text, or integers beyond int64, and that are all there."""
     flat = values.reshape(-1).tolist()
     there = [one for one in flat if not _is_missing(one)]
-    are_numbers = all(isinstance(one, Number | np.bool_) for one in there)
-    if not are_numbers and not all(isinstance(one, str) for one in there):
-        if all(isinstance(one, str | bytes) for one in there):
-            return np.array([one.decode() if isinstance(one, bytes) else one for one in flat]).reshape(values.shape)
+    if not any(all(isinstance(one, kind) for one in there) for kind in (str | bytes, Number)):
         names = ", ".join(sorted({type(one).__name__ for one in flat}))
         raise ConfigError(f"labels of several types, or none that is known ({names}); needed all integers, or all text")
-    _require_all(values)
-    if not are_numbers:
-        return values
-    narrow = np.array(flat, None if values.ndim == 1 else np.float64)
-    if narrow.dtype.kind == "O" and not all(isinstance(one, int) for one in flat):
-        narrow = narrow.astype(np.float64)  # of decimals and fractions
-    return narrow.reshape(values.shape)
+    if len(there) < len(flat):
+        _require_all(values)
+    if any(isinstance(one, bytes) for one in flat):
+        return np.array([one.decode() if isinstance(one, bytes) else one for one in flat]).reshape(values.shape)
+    return values
 
 
 def _is_missing(one: Any) -> bool:
@@ -215,9 +208,9 @@ def _are_labels(values: NDArray[Any], task: Task) -> bool:
     return values.ndim == 1 and values.dtype.kind in "iub"
 
 
-def _doubt(labels: NDArray[Any], classes: NDArray[Any]) -> None:
+def _doubt(classes: NDArray[Any], size: int) -> None:
     """Say so where labels may as well be numbers: integers such as ages, years or counts, and text of any numbers."""
-    count, size, least, most = len(classes), len(labels), classes[0], classes[-1]
+    count, least, most = len(classes), classes[0], classes[-1]
     what, otherwise = "texts", "convert them, with numpy.asarray(targets, float)"
     is_many, is_counted = size > _FEWEST_DOUBTFUL and 2 * count > size, True
     if not isinstance(least, str):
@@ -233,7 +226,7 @@ def _doubt(labels: NDArray[Any], classes: NDArray[Any]) -> None:
     warnings.warn(
         f"{size} {what} as targets, from {least} to {most}, are taken as labels of {count} classes; if they are "
         f"numbers, {otherwise}, and if not, give task='classification'",
-        stacklevel=2,
+        stacklevel=4,
     )
 
 
@@ -310,6 +303,8 @@ def _classes_of(labels: NDArray[Any], num_outputs: int | None, task: Task) -> ND
             raise ConfigError(f"task='binary' and {len(classes)} classes; needed labels of two")
         return classes
     if num_outputs is None or num_outputs == len(classes):
+        if task == "auto" and labels.dtype.kind != "b":
+            _doubt(classes, len(labels))
         return classes
     if labels.dtype.kind in "iu" and classes[0] >= 0 and classes[-1] < num_outputs:
         if classes[0]:

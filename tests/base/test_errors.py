@@ -1,6 +1,7 @@
 """Errors reach the driver from a worker as they were raised there."""
 
 import inspect
+import pickle
 
 import pytest
 import tblib.pickling_support
@@ -14,6 +15,7 @@ OURS = [each for _, each in inspect.getmembers(errors, inspect.isclass) if issub
 FAMILY = [each for each in OURS if each not in WITH_MORE]
 
 
+@pytest.mark.parametrize("way", [(pickle.dumps, pickle.loads), (dumps, loads)], ids=["a pool", "Dask"])
 @pytest.mark.parametrize(
     "error",
     [
@@ -24,9 +26,11 @@ FAMILY = [each for each in OURS if each not in WITH_MORE]
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_every_error_survives_the_way_from_a_worker(error):
-    tblib.pickling_support.install(type(error))  # as Dask does for all that are known when it is imported
-    found = loads(dumps(error))
+def test_every_error_survives_the_way_from_a_worker(error, way):
+    send, receive = way
+    if send is dumps:
+        tblib.pickling_support.install(type(error))  # as Dask does for all that are known when it is imported
+    found = receive(send(error))
     assert type(found) is type(error)
     assert str(found) == str(error)
     assert vars(found) == vars(error)

@@ -88,7 +88,7 @@ def test_numbers_by_the_command_line(store: ntkpipe.KernelStore) -> None:
 @pytest.mark.parametrize("store", ["from 1"], indirect=True)
 def test_a_posterior_of_an_older_version_is_judged_by_the_classes_of_the_store(store: ntkpipe.KernelStore) -> None:
     run_step(store, "gaussian_process", progress=False)
-    options = {"array": "train", "across": {}, "run": None}
+    options = {"array": "train", "across": {}, "run": None, "progress": False}
     right = [one.mean_accuracy for one in Gathered(store, **options).calibrations]
     path = Path(str(store.path)) / "results" / "gaussian_process" / DOCUMENT
     document = json.loads(path.read_text())

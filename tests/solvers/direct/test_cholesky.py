@@ -190,6 +190,18 @@ def test_another_zarr_group_at_the_path_is_left_alone(matrix, tmp_path):
     assert dict(zarr.open_group(tmp_path / "a", mode="r").attrs) == {"mine": 1}
 
 
+@pytest.mark.parametrize("name", ["results.csv", "model/weights.pt", ".hidden"])
+def test_a_folder_of_something_else_is_left_as_it_is(matrix, tmp_path, name):
+    there = tmp_path / name
+    there.parent.mkdir(exist_ok=True)
+    there.write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StoreExistsError, match="something else; give the factor a path of its own"):
+        cholesky(matrix, ridge=1.0, path=tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert cholesky(matrix, ridge=1.0, path=tmp_path / "factor").is_converged
+
+
 @pytest.mark.parametrize("chunk", ["5/0", "3/2"])
 def test_a_damaged_chunk_is_named_and_never_used(matrix, tmp_path, chunk):
     factor = cholesky(matrix, panel_width=50, path=tmp_path)
