@@ -7,7 +7,7 @@ import socket
 import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -76,12 +76,14 @@ class WorkerPool(Generic[Task]):
         """Call a function in workers, in all if none are given, busy or not; those that die meanwhile are left out."""
         options: Any = {"on_error": "return", "callback_timeout": _REPORT_SECONDS}
         with note_if_slow("workers are asked what they have, and have not answered yet"):
-            hosts = self._hosts(workers or list(self.client.nthreads()))
+            hosts = self._hosts(workers or self._there())
             try:
                 run = self.client.run
                 replies = self.client.sync(run, _report, question, arguments, workers=list(hosts), **options)
             except TimeoutError:
-                raise ClusterError(f"workers have not answered in {_REPORT_SECONDS} seconds; look at their logs") from None
+                raise ClusterError(
+                    f"workers have not answered in {_REPORT_SECONDS} seconds; look at their logs"
+                ) from None
         failed = {address: reply for address, reply in replies.items() if isinstance(reply, BaseException)}
         # Dask reports a worker that no longer answers by an OSError, maybe before the scheduler misses it.
         if any(isinstance(error, OSError) for error in failed.values()):
@@ -97,6 +99,11 @@ class WorkerPool(Generic[Task]):
         if found := differing([here, *((each.host, each.version) for each in reports.values())]):
             raise ClusterError(f"versions of ntkpipe differ: {found}; install the same one everywhere")
         return reports
+
+    def _there(self) -> list[str]:
+        """Addresses of all workers, busy or not; some that are about to end never do."""
+        info = self.client.scheduler_info(n_workers=-1)["workers"]
+        return [address for address, each in info.items() if each["status"] in {"running", "paused"}]
 
     def _hosts(self, addresses: list[str]) -> dict[str, str]:
         """Names of workers' hosts; raises ClusterError for workers that are there, but do not answer."""
@@ -200,6 +207,8 @@ class WorkerPool(Generic[Task]):
             # The client keeps the error, and with it every frame that it went through and all their data.
             self._cancel([future])
             if not isinstance(found, self._returned):
+                if _lacks_module(found):
+                    self.ask(bool)  # which names the hosts that lack this package
                 is_clear = isinstance(found, NtkpipeError) or not (address or _lacks_module(found))
                 who = f"the worker {address}" if address else "a worker"
                 raise found if is_clear else _failure(f"{who} fails", found)

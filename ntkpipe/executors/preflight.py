@@ -60,8 +60,8 @@ def require_workers(client: object) -> set[str]:
     """
     if not isinstance(client, Client) or client.asynchronous:
         raise ConfigError(
-            f"client={client!r}; needed a distributed.Client with asynchronous=False, such as Client('tcp://host:8786') "
-            "or Client(cluster)"
+            f"client={client!r}; needed a distributed.Client with asynchronous=False, such as "
+            "Client('tcp://host:8786') or Client(cluster)"
         )
     if client.status not in {"running", "connecting"}:
         raise ClusterError(f"the client is {client.status}; make a new one, as Client('tcp://host:8786')")

@@ -187,7 +187,9 @@ def _num_samples(held: Manifest | GrowthRecord) -> str:
 def from_attribute(value: object, where: str) -> Manifest:
     """Read a manifest from a group attribute."""
     if not isinstance(value, dict) or not isinstance(value.get("manifest"), dict):
-        raise StoreError(f"{where} is a Zarr group without an ntkpipe manifest; needed a kernel store, or a new path for one")
+        raise StoreError(
+            f"{where} is a Zarr group without an ntkpipe manifest; needed a kernel store, or a new path for one"
+        )
     found = value["manifest"].get("format")
     if found != FORMAT:
         raise StoreError(f"{where} has store format {repr(found)[:20]}; this version reads format {FORMAT}")
