@@ -109,7 +109,7 @@ class JobPlugin(WorkerPlugin):
                 try:
                     found = cloudpickle.loads(self.kind)
                 except ImportError:
-                    return  # the tasks say so
+                    return  # its first task ends it, and others do that
                 self.job_plugin = found.__new__(found)
                 vars(self.job_plugin).update(self.contents)
                 self.job_plugin.setup(worker)

@@ -207,8 +207,6 @@ class WorkerPool(Generic[Task]):
             # The client keeps the error, and with it every frame that it went through and all their data.
             self._cancel([future])
             if not isinstance(found, self._returned):
-                if _lacks_module(found):
-                    self.ask(bool)  # which names the hosts that lack this package
                 is_clear = isinstance(found, NtkpipeError) or not (address or _lacks_module(found))
                 who = f"the worker {address}" if address else "a worker"
                 raise found if is_clear else _failure(f"{who} fails", found)

@@ -111,29 +111,20 @@ def test_a_worker_that_does_not_reach_the_store(tmp_path, mount, words):
         assert not list(there.iterdir())
 
 
-@pytest.mark.parametrize("lacks", ["ntkpipe", "numpy"])
-def test_a_worker_that_lacks_packages_and_joins_in_mid_run_ends_it(tmp_path, lacks):
+def test_a_worker_without_the_package_that_joins_in_mid_run_stalls_nothing(tmp_path):
     """Dask gives tasks to a worker whose plugins fail while it starts, and nothing runs them."""
 
     def slowly(job: Numbers, key: int, pause: Callable[[], None]) -> None:
-        __import__("numpy")
-        time.sleep(0.2)
+        time.sleep(0.1)
 
     with joined(tmp_path, {}) as client, ExitStack() as late:
         code = pack_code(Path(__file__).parents[1] / "helpers")
-        run = ClusterExecutor(client, name="numbers", code=code).run(Numbers(slowly), range(1, 1000))
-        assert next(run) == 1
-        late.enter_context(worker(tmp_path, client.scheduler.address, "late", LACKS=lacks))
-        begin = time.monotonic()
-        with pytest.raises(ClusterError, match=rf"No module named '{lacks}'.*Install ntkpipe") as failure:
-            list(run)
-        assert time.monotonic() - begin < 30
-        assert lacks != "ntkpipe" or f"1 of 2 workers on {HOST} fail, the first at tcp" in str(failure.value)
-        assert not any(name.startswith("ntkpipe-") for name in client.run_on_scheduler(_plugins))
-
-
-def _plugins(dask_scheduler: Any) -> list[str]:
-    return list(dask_scheduler.worker_plugins)
+        run = ClusterExecutor(client, name="numbers", code=code).run(Numbers(slowly), range(1, 101))
+        found = [next(run)]
+        late.enter_context(worker(tmp_path, client.scheduler.address, "late", LACKS="ntkpipe"))
+        found += run
+        assert sorted(found) == sorted([*range(1, 101), *range(-100, 0)])
+        assert "No module named 'ntkpipe'" in (tmp_path / "late.log").read_text()
 
 
 @pytest.mark.parametrize("stopped", ["worker", "scheduler"])
