@@ -83,6 +83,8 @@ def _kind(mode: int) -> str:
 def said(error: BaseException) -> str:
     """Words of an error, as a part of a longer message: short, without a full stop; its type where it has none."""
     if isinstance(error, OSError) and error.strerror:
+        if error.filename is None:
+            return error.strerror
         words = error.strerror[:1].lower() + error.strerror[1:]
         # Of an open file there is only its number.
         return f"{words}: {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else words

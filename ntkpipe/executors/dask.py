@@ -103,7 +103,7 @@ class _Run(Generic[Key, Record]):
         self._client.subscribe_topic(_MEMORY_TOPIC, note_memory)
         # A worker may die at this moment. Others that lack the job, and a lost scheduler, are noticed later.
         with contextlib.suppress(OSError):
-            self._client.register_plugin(self._plugin, name=self._plugin.name)
+            self._client.register_plugin(self._plugin.carried(), name=self._plugin.name)
 
     def _window(self) -> int:
         # Only a few keys per thread are submitted at a time, so neither driver nor scheduler holds many tasks.

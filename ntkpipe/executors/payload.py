@@ -4,6 +4,7 @@ import contextlib
 import gc
 import io
 import pickle
+import socket
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -93,6 +94,32 @@ class JobPlugin(WorkerPlugin):
         self._pickled = job  # the first task loads it, so that a failure is one of the task and not of the worker
         self._code = code  # zip archive of its modules
 
+    def carried(self) -> WorkerPlugin:
+        """What Dask brings to workers: a shell around this, which those without this package can unpickle, too.
+
+        Dask gives tasks to a worker that fails to load a plugin while it starts, and nothing ever runs them.
+        """
+
+        class Shell(WorkerPlugin):  # pickled by value, since no module has it
+            def __init__(self, name: str, kind: bytes, contents: dict[str, Any]) -> None:
+                self.name, self.kind, self.contents = name, kind, contents
+                self.job_plugin: Any = None
+
+            def setup(self, worker: Any) -> None:
+                try:
+                    found = cloudpickle.loads(self.kind)
+                except ImportError:
+                    return  # its first task ends it, and others do that
+                self.job_plugin = found.__new__(found)
+                vars(self.job_plugin).update(self.contents)
+                self.job_plugin.setup(worker)
+
+            def teardown(self, worker: Any) -> None:
+                if self.job_plugin is not None:
+                    self.job_plugin.teardown(worker)
+
+        return Shell(self.name, cloudpickle.dumps(type(self)), vars(self))
+
     def setup(self, worker: Any) -> None:
         """Dask calls this in each worker, with a copy of its own."""
         self._folder = Path(worker.local_directory) / f"ntkpipe-{self._token}"
@@ -127,8 +154,8 @@ class JobPlugin(WorkerPlugin):
             return _load(self._pickled, self._code, self._folder)  # type: ignore[no-any-return]
         except Exception as error:
             raise ClusterError(
-                f"a worker cannot load the model: {error!r}. Install the same packages there, or put the module into "
-                "the workflow's folder, which is sent along"
+                f"a worker on {socket.gethostname()} cannot load the model: {error!r}. Install the same packages "
+                "there, or put the module into the workflow's folder, which is sent along"
             ) from error
 
     @contextlib.contextmanager
@@ -189,7 +216,7 @@ def load_once(pickled: bytes, code: bytes | None) -> str:
 def run_key(plugin: str, key: bytes, shrinking: int) -> list[Any]:
     """Run one key; the task that Dask sees."""
     worker = get_worker()
-    mine = worker.plugins.get(plugin)
+    mine = getattr(worker.plugins.get(plugin), "job_plugin", None)
     if not isinstance(mine, JobPlugin):
         raise PayloadMissingError(plugin)
     return mine.run(worker, pickle.loads(key), shrinking)

@@ -76,7 +76,7 @@ class WorkerPool(Generic[Task]):
         """Call a function in workers, in all if none are given, busy or not; those that die meanwhile are left out."""
         options: Any = {"on_error": "return", "callback_timeout": _REPORT_SECONDS}
         with note_if_slow("workers are asked what they have, and have not answered yet"):
-            hosts = self._hosts(workers or list(self.client.nthreads()))
+            hosts = self._hosts(workers or self._there())
             try:
                 run = self.client.run
                 replies = self.client.sync(run, _report, question, arguments, workers=list(hosts), **options)
@@ -99,6 +99,11 @@ class WorkerPool(Generic[Task]):
         if found := differing([here, *((each.host, each.version) for each in reports.values())]):
             raise ClusterError(f"versions of ntkpipe differ: {found}; install the same one everywhere")
         return reports
+
+    def _there(self) -> list[str]:
+        """Addresses of all workers, busy or not; some that are about to end never do."""
+        info = self.client.scheduler_info(n_workers=-1)["workers"]
+        return [address for address, each in info.items() if each["status"] in {"running", "paused"}]
 
     def _hosts(self, addresses: list[str]) -> dict[str, str]:
         """Names of workers' hosts; raises ClusterError for workers that are there, but do not answer."""

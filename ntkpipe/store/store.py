@@ -98,6 +98,7 @@ class Store:
             except OSError as error:
                 raise StoreError(f"{self.root} cannot be locked, so {otherwise}: {said(error)}") from error
             self._require_current()
+            held.enter_context(writing(self.medium))
             yield
 
     def replace_manifest(self, manifest: Manifest) -> None:

@@ -29,6 +29,8 @@ def test_what_is_meant(place, monkeypatch):
         "~/a.zarr": "/home/me/a.zarr",
         "file:///tmp/a%20b.zarr": "/tmp/a b.zarr",
         "file://localhost/tmp/a.zarr": "/tmp/a.zarr",
+        "FILE:///tmp/a.zarr": "/tmp/a.zarr",
+        "file:/tmp/a.zarr": "/tmp/a.zarr",
         "a b/ü.zarr/": "a b/ü.zarr",
         "folder/../a": "folder/../a",
         ".": ".",
@@ -50,6 +52,7 @@ def test_what_is_meant(place, monkeypatch):
         ("${DATA}/a", r"a shell replaces \$\{DATA\}"),
         ("file://host/a", "another machine"),
         ("http://host/a", "is a URL"),
+        ("http:/host/a", "is a URL"),
     ],
 )
 def test_what_cannot_be_meant(place, given, words):
@@ -115,4 +118,6 @@ def test_what_a_user_may_not(place, monkeypatch):
 def test_words_of_an_error():
     assert said(PermissionError(errno.EACCES, "Permission denied", "/a")) == "permission denied: /a"
     assert said(OSError("it broke.")) == "it broke"
+    assert said(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")) == "Connection refused"
+    assert said(IsADirectoryError(errno.EISDIR, "Is a directory", 7)) == "is a directory"
     assert said(ValueError()) == "ValueError"

@@ -72,7 +72,7 @@ def test_every_gpu_gets_a_process_that_sees_it_alone(monkeypatch):
 @pytest.mark.parametrize(
     ("scheduler", "error", "words"),
     [
-        ("localhost:8786", ConfigError, "needed an address such as 'tcp://host:8786'"),
+        ("localhost", ConfigError, "needed an address such as 'tcp://host:8786'"),
         ("tcp://127.0.0.1:1", ClusterError, r"cannot join .*Is it running \(`dask scheduler`\)"),
         ("nonsense://127.0.0.1:1", ClusterError, "cannot join"),
         ("tls://127.0.0.1:1", ClusterError, "takes clients with a certificate"),

@@ -1,20 +1,23 @@
 """Every way onto a cluster passes one preflight: what is wrong there is said by name, soon, and before writing."""
 
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import dask
 import numpy as np
 import pytest
-from daemons import cluster
+from daemons import DASK, address_in, cluster, running, worker
 from distributed import Client, LocalCluster
+from jobs import Numbers
 from small import compute, inputs, mlp
 
 from ntkpipe import KernelRegression, as_operator, compute_kernel, eigsh, plan_kernel, solve
@@ -22,6 +25,8 @@ from ntkpipe.app.cli import main
 from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError, ConfigError, ModelError
 from ntkpipe.executors import connect, pool, preflight
+from ntkpipe.executors.dask import ClusterExecutor
+from ntkpipe.executors.payload import pack_code
 from ntkpipe.store.kernel_store import KernelStore
 
 HOST = socket.gethostname()
@@ -106,6 +111,81 @@ def test_a_worker_that_does_not_reach_the_store(tmp_path, mount, words):
         assert not list(there.iterdir())
 
 
+def test_a_worker_without_the_package_that_joins_in_mid_run_stalls_nothing(tmp_path):
+    """Dask gives tasks to a worker whose plugins fail while it starts, and nothing runs them."""
+
+    def slowly(job: Numbers, key: int, pause: Callable[[], None]) -> None:
+        time.sleep(0.1)
+
+    with joined(tmp_path, {}) as client, ExitStack() as late:
+        code = pack_code(Path(__file__).parents[1] / "helpers")
+        run = ClusterExecutor(client, name="numbers", code=code).run(Numbers(slowly), range(1, 101))
+        found = [next(run)]
+        late.enter_context(worker(tmp_path, client.scheduler.address, "late", LACKS="ntkpipe"))
+        found += run
+        assert sorted(found) == sorted([*range(1, 101), *range(-100, 0)])
+        assert "No module named 'ntkpipe'" in (tmp_path / "late.log").read_text()
+
+
+@pytest.mark.parametrize("stopped", ["worker", "scheduler"])
+def test_what_hangs_is_named_and_the_wait_is_not_silent(tmp_path, kernel, stopped, monkeypatch, capsys):
+    monkeypatch.setattr(pool, "_HOST_SECONDS", 5)
+    monkeypatch.setattr(preflight, "_SCHEDULER_SECONDS", 5)
+    with joined(tmp_path, {}, {}) as client:
+        pids = client.run(os.getpid)
+        address = min(pids) if stopped == "worker" else client.scheduler.address
+        pid = pids[address] if stopped == "worker" else client.run_on_scheduler(os.getpid)
+        words = {
+            "worker": rf"1 of 2 workers do not answer in 5 seconds, the first at {address}",
+            "scheduler": rf"cannot use the scheduler at {address}: no answer in 5 seconds",
+        }
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(ClusterError, match=words[stopped]):
+                as_operator(kernel.train, client=client)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert "yet" in capsys.readouterr().err
+        found = as_operator(kernel.train, client=client) @ np.eye(18)
+    np.testing.assert_allclose(found, kernel.train[:], rtol=1e-12)
+
+
+def test_a_scheduler_that_cannot_import_the_package(tmp_path, kernel):
+    """Its metadata may be there all the same."""
+    (tmp_path / "fine").mkdir()
+    with cluster(tmp_path / "fine"):
+        pass  # makes what lacks packages
+    file, log = tmp_path / "scheduler.json", tmp_path / "scheduler.log"
+    path = os.pathsep.join([str(tmp_path / "fine" / "site"), str(Path(__file__).parents[2])])
+    command = [*DASK, "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file)]
+    command += ["--dashboard-address", "127.0.0.1:0"]
+    with running(command, log, {**os.environ, "PYTHONPATH": path, "LACKS": "ntkpipe"}) as process:
+        address = address_in(file, process, log)
+        with worker(tmp_path / "fine", address, "one"), Client(address, set_as_default=False) as client:
+            client.wait_for_workers(1, timeout=60)
+            for name, act in ways(client, kernel, tmp_path / "b.zarr").items():
+                if name in {"compute_kernel", "eigsh"}:
+                    with pytest.raises(ClusterError, match=rf"scheduler at {address} cannot import ntkpipe"):
+                        act()
+    assert not (tmp_path / "b.zarr").exists()
+
+
+@pytest.mark.parametrize("spelling", ["tcp://{}", " tcp://{}/ ", "{}", "file"])
+def test_spellings_of_one_scheduler(tmp_path, kernel, spelling):
+    with cluster(tmp_path, {}) as address:
+        given = str(tmp_path / "scheduler.json") if spelling == "file" else spelling.format(address[6:])
+        with connect.connect(given) as client:
+            found = as_operator(kernel.train, client=client) @ np.eye(18)
+    np.testing.assert_allclose(found, kernel.train[:], rtol=1e-12)
+
+
+def test_files_that_name_no_scheduler(tmp_path):
+    for text in ("", "[]", "{}", "{"):
+        (tmp_path / "scheduler.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"a file that names no scheduler.*of `dask scheduler --scheduler-file`"):
+            connect.connect(str(tmp_path / "scheduler.json")).__enter__()
+
+
 MODULE = """
 import torch
 
@@ -180,7 +260,7 @@ def test_clients_that_are_gone_or_none(tmp_path, kernel, monkeypatch, capsys):
         lost = Client(address, set_as_default=False)
     for client, kind, words in (
         (closed, ClusterError, "the client is closed; make a new one"),
-        (lost, ClusterError, rf"the scheduler at {address} does not answer: [^.].*[^.]\. Is it running|client is clos"),
+        (lost, ClusterError, rf"cannot use the scheduler at {address}: [^.].*[^.]\. Is it running|client is clos"),
         (address, ConfigError, r"needed a distributed\.Client .*such as Client\("),
         (object(), ConfigError, r"needed a distributed\.Client"),
     ):

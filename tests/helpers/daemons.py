@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 DASK = (sys.executable, "-m", "dask")
 
@@ -62,6 +63,16 @@ if "CLAIMS" in os.environ:
 '''
 
 
+def worker(
+    folder: Path, address: str, name: str, start: Sequence[str] = (), **differing: str
+) -> AbstractContextManager[Any]:
+    """A worker with a nanny, in the environment of :func:`cluster`, and what differs."""
+    path = os.pathsep.join([str(folder / "site"), str(Path(__file__).parents[2])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **differing}
+    command = [*DASK, "worker", address, "--nthreads", "1", "--no-dashboard", "--memory-limit", "1GiB"]
+    return running([*start, *command, "--local-directory", str(folder)], folder / f"{name}.log", environment)
+
+
 @contextmanager
 def cluster(folder: Path, *workers: Mapping[str, str], start: Sequence[str] = ()) -> Iterator[str]:
     """A scheduler, and a worker for each environment: ``LACKS`` or ``DIES_OF`` a package, ``CLAIMS`` a version."""
@@ -75,7 +86,5 @@ def cluster(folder: Path, *workers: Mapping[str, str], start: Sequence[str] = ()
         command = [*DASK, "scheduler", *quiet, "--scheduler-file", str(file)]
         address = address_in(file, stack.enter_context(running(command, log, environment)), log)
         for number, differing in enumerate(workers):
-            command = [*start, *DASK, "worker", address, "--nthreads", "1", "--no-dashboard", "--memory-limit", "1GiB"]
-            command += ["--local-directory", str(folder)]
-            stack.enter_context(running(command, folder / f"{number}.log", {**environment, **differing}))
+            stack.enter_context(worker(folder, address, str(number), start, **differing))
         yield address

@@ -103,6 +103,65 @@ def test_good_paths_are_not_refused(place, store, monkeypatch):
     np.testing.assert_array_equal(np.load(place / "a.npy"), store.train[:])
 
 
+def test_a_factor_goes_into_no_folder_of_something_else(place, store):
+    """Partial files of others there would be taken for leftovers of a killed writer."""
+    (place / "notes").mkdir()
+    (place / "notes" / "download.partial").write_text("x")
+    (place / "notes" / "n.txt").write_text("x")
+    zarr.open_group("plain.zarr", mode="w").create_array("x", data=np.eye(2))
+    zarr.create_array("array.zarr", data=np.eye(2))
+    (place / "no-group.zarr" / "zarr.json").mkdir(parents=True)
+    before = everything(place)
+    for path, words in (
+        ("notes", "holds something else; give the factor a path of its own"),
+        ("plain.zarr", "holds something else"),
+        ("array.zarr", "holds something else"),
+        (".", "holds something else"),
+        (store.path, "holds something else"),
+        ("no-group.zarr", "cannot read no-group.zarr/zarr.json: is a directory$"),
+    ):
+        with pytest.raises(StoreError, match=words):
+            cholesky(store.train, path=path, ridge=1.0)
+    assert everything(place) == before
+
+
+def test_a_factor_resumes_beside_what_came_later(place, store):
+    (place / "factor").mkdir()
+    first = cholesky(store.train, path="factor", ridge=1.0)
+    (place / "factor" / "download.partial").write_text("x")
+    again = cholesky(store.train, path="factor", ridge=1.0)
+    assert again.resumed == first.num_panels
+    assert (place / "factor" / "download.partial").exists()
+
+
+def test_names_may_be_as_long_as_the_file_system_takes(place, store):
+    for suffix, write in (
+        (".npy", lambda path: export_kernel(store, path, progress=False)),
+        (".zarr", lambda path: export_kernel(store, path, progress=False)),
+        (".html", lambda path: write_report(store, path, saved_only=True)),
+    ):
+        path = "n" * (255 - len(suffix)) + suffix
+        write(path)
+        assert os.path.exists(path)
+        with pytest.raises(NtkpipeError, match=r"too long|longer than the file system takes"):
+            write(f"n{path}")
+
+
+def test_a_growth_that_cannot_be_written(place, store, monkeypatch):
+    compute(place / "a.zarr")
+
+    def full(folder: Folder, name: str, *parts: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "put", full)
+        patch.setattr(Folder, "free_bytes", lambda self: 2**40)
+        with pytest.raises(StoreFullError, match=r"the disk is full: .*take no more files"):
+            compute(place / "a.zarr", grow=True, inputs=inputs(22), targets=np.arange(22))
+    grown = compute(place / "a.zarr", grow=True, inputs=inputs(22), targets=np.arange(22))
+    assert grown.progress.is_complete
+
+
 def test_the_command_line_says_it_too(place, capsys):
     with pytest.raises(SystemExit):
         main(["info", "broken"])

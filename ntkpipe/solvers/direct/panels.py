@@ -265,6 +265,8 @@ class FactorFolder:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Lock the folder where the medium has locks, and remove what a killed writer left."""
+        if why := self.medium.obstacle(writes=True):
+            raise StoreError(f"cannot write to {self.root}: {why}; choose another path")
         if self._is_foreign():
             raise StoreExistsError(f"{self.root} holds something else; give the factor a path of its own")
         with writing(self.medium):

@@ -146,7 +146,10 @@ def writing(medium: Medium, what: str | None = None, num_bytes: int = 0) -> Iter
             full = "the disk quota is used up" if error.errno == errno.EDQUOT else "the disk is full"
             room = f"{full}: {'an unknown number of bytes' if free is None else format_bytes(free)} free"
             need = f", {format_bytes(num_bytes)} needed for {what}" if what else f" at {medium.root}"
-            raise StoreFullError(room + need) from error
+            is_of_files = error.errno == errno.ENOSPC and (free or 0) > num_bytes + DOCUMENT_BYTES
+            raise StoreFullError(
+                room + need + ("; it may take no more files (df -i)" if is_of_files else "")
+            ) from error
         if isinstance(error, StoreError) and what is None:
             raise
         why = "" if isinstance(error, StoreError) else medium.obstacle(writes=True)
