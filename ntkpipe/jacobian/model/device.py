@@ -20,7 +20,6 @@ from torch.utils import checkpoint
 
 from ntkpipe.base.errors import NtkpipeError
 from ntkpipe.base.resources import peak_process_memory
-from ntkpipe.jacobian.model.memory import kept_memory
 
 # How failed allocations without an exception of their own are reported: by torch's CPU allocator, CUDA, cuBLAS, cuDNN.
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
@@ -243,7 +242,7 @@ def _exact_settings() -> Iterator[None]:
     settings: list[tuple[Any, str, Any]] = [(precision, "fp32_precision", "ieee") for precision in precisions]
     settings += [(_BACKENDS.cudnn, "deterministic", True), (_BACKENDS.cudnn, "benchmark", False)]
     settings += [(checkpoint, "CheckpointFunction", _Unchecked)]
-    with contextlib.ExitStack() as undo, changed_settings(*settings), sdpa_kernel(SDPBackend.MATH), kept_memory():
+    with contextlib.ExitStack() as undo, changed_settings(*settings), sdpa_kernel(SDPBackend.MATH):
         undo.callback(torch.set_default_dtype, torch.get_default_dtype())
         undo.callback(_BACKENDS.mha.set_fastpath_enabled, _BACKENDS.mha.get_fastpath_enabled())
         _BACKENDS.mha.set_fastpath_enabled(False)
