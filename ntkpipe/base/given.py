@@ -36,7 +36,7 @@ def as_array(name: str, given: Any) -> NDArray[Any]:
     if is_in_slices(given):
         return read_slices(name, given, *(slice(0, size) for size in given.shape))
     try:
-        values = as_numbers(np.asanyarray(in_memory(given)))
+        values = narrowed(np.asanyarray(in_memory(given)))
     except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         what = f"{name}: a {type(given).__name__} that NumPy does not take as an array ({said(error)})"
         raise ConfigError(f"{what}; convert it to one of real numbers") from None
@@ -50,7 +50,7 @@ def as_array(name: str, given: Any) -> NDArray[Any]:
     return found
 
 
-def as_numbers(values: NDArray[Any]) -> NDArray[Any]:
+def narrowed(values: NDArray[Any]) -> NDArray[Any]:
     """Objects that are all real numbers, or rows of those, as such; integers that NumPy does not hold stay objects."""
     if values.dtype.kind != "O" or not values.ndim or isinstance(values, np.ma.MaskedArray):
         return values

@@ -5,7 +5,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from reference import Custom, redraw
+from reference import Custom, redraw, tanh_with_hook
 from torch import nn
 
 import ntkpipe
@@ -175,13 +175,7 @@ def with_backward(function, pull_back):
 
 
 def hooked(pull_back):
-    def function(m, h):
-        h = torch.tanh(h)
-        if h.requires_grad:
-            h.register_hook(pull_back)
-        return h
-
-    return between(function)
+    return between(tanh_with_hook(pull_back))
 
 
 def module_hook():

@@ -157,3 +157,15 @@ def worst_parameter(found, exact):
         errors[name] = float((np.abs(found[name] - one) / own).max())
     name = max(errors, key=errors.get)
     return name, errors[name]
+
+
+def tanh_with_hook(pull_back):
+    """A hidden activation of a ``Custom`` model whose gradient a hook replaces."""
+
+    def function(m, h):
+        h = torch.tanh(h)
+        if h.requires_grad:
+            h.register_hook(pull_back)
+        return h
+
+    return function

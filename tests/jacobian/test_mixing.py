@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from reference import Custom, redraw
+from reference import Custom, redraw, tanh_with_hook
 from torch import nn
 
 import ntkpipe
@@ -24,13 +24,7 @@ def between(function):
 
 
 def hooked(pull_back):
-    def function(m, h):
-        h = torch.tanh(h)
-        if h.requires_grad:
-            h.register_hook(pull_back)
-        return h
-
-    return between(function)
+    return between(tanh_with_hook(pull_back))
 
 
 class Backward(torch.autograd.Function):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ntkpipe.base.errors import DataError, NonFiniteError
-from ntkpipe.base.given import OF_TENSORS, as_numbers, in_memory
+from ntkpipe.base.given import OF_TENSORS, in_memory, narrowed
 from ntkpipe.base.paths import said
 from ntkpipe.base.targets import as_values
 from ntkpipe.store.manifest import ArrayRecord, DataRecord
@@ -343,7 +343,7 @@ def _to_array(value: object, label: str) -> NDArray[Any]:
         raise DataError(f"{label} is {type(value).__name__}, which is no array; {_HOW}")
     try:
         # Objects are rows, and frames whose columns differ in dtype.
-        array = as_numbers(np.asarray(in_memory(value, OF_TENSORS)))
+        array = narrowed(np.asarray(in_memory(value, OF_TENSORS)))
     except Exception as error:  # sparse tensors and ragged lists, and what other libraries raise
         raise DataError(f"{label} ({type(value).__name__}) cannot be made an array: {said(error)}; {_HOW}") from error
     if array.dtype.kind not in "fiub":
