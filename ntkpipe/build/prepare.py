@@ -30,6 +30,7 @@ from ntkpipe.jacobian.model.functional import (
     resolve_device,
     uncompiled,
 )
+from ntkpipe.jacobian.model.memory import keep_freed_memory, return_freed_memory
 from ntkpipe.jacobian.model.samples import Samples, as_samples, require_same_arrays
 from ntkpipe.jacobian.model.state import num_bytes
 from ntkpipe.jacobian.probe import Probed, make_engine, probe, probe_samples
@@ -52,6 +53,7 @@ def exact_single_thread(compute_dtype: ComputeDtype = "float32") -> Iterator[Non
     """The arithmetic of every tile, until the context is left: one thread, no fused paths, TF32 only on request."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    keep_freed_memory()
     try:
         with exact_math(tf32=compute_dtype == "tf32"), torch.inference_mode(False), torch.enable_grad():
             yield
@@ -238,6 +240,8 @@ def workload_of(prepared: Prepared, engine: Engine, grids: Mapping[str, Grid], n
 
 def this_machine(engine: Engine, run: RunSpec, *, result_bytes: int = 0, free_disk: int | None = None) -> Machine:
     """What this process may use, of which ``result_bytes`` are taken."""
+    if run.memory_limit is not None:
+        return_freed_memory()
     base = process_memory() + result_bytes
     limit = run.memory_limit or base + int(_SHARE_OF_MEMORY * max(0, available_memory() - result_bytes))
     if engine.model.device.type == "cuda":

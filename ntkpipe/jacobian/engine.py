@@ -17,7 +17,7 @@ from ntkpipe.jacobian.model.device import is_out_of_memory, release_memory, size
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.model.samples import show_samples
 from ntkpipe.jacobian.representations.dense import Dense
-from ntkpipe.jacobian.representations.interface import Pulled, Representation, Setup, Term
+from ntkpipe.jacobian.representations.interface import Factored, Pulled, Representation, Setup, Term
 from ntkpipe.jacobian.representations.pieces import Piece
 from ntkpipe.jacobian.representations.sums import Pairs, Workspace
 from ntkpipe.jacobian.representations.terms import make_terms
@@ -227,7 +227,10 @@ class Engine:
         outputs, calls, count = recorded.outputs, recorded.calls, len(self.covectors)
         unused = [self.parameters[name] for name in self.tracing.unused]
         num_bytes = sum(calls[n].blank().numel() for n in numbers if calls[n].edge is not None) * outputs.itemsize
-        step = max(1, min(count, sizes_of(self.covectors.device).gradient_bytes // max(1, num_bytes)))
+        # Gradients wait for those of other covectors where they are multiplied with the inputs, not where they are kept.
+        waits = every_use or not all(issubclass(term.held_as, Factored) for term in self.terms)
+        most = sizes_of(self.covectors.device).gradient_bytes if waits else 0
+        step = max(1, min(count, most // max(1, num_bytes)))
         for start in range(0, count, step):
             found = []
             for number in range(start, min(start + step, count)):
@@ -326,11 +329,10 @@ class Engine:
     def _metered(self, batch: Batch, samples: Sequence[int]) -> Tensor:
         """Operations, bytes and the largest tensor's bytes of a batch, and of its first half."""
         half = take(batch, range(batch_size(batch) // 2))
-        self.piece(half)  # lazy initialisation is not a cost of the batch
+        with make_meter() as part:
+            self.piece(half)
         with make_meter() as whole:
             piece, outputs = self.piece(batch)
         JacobianBlock((piece,), outputs).require_finite("train", samples)
-        with make_meter() as part:
-            self.piece(half)
         found = [[each.num_flops, each.num_bytes, each.largest_bytes] for each in (whole, part)]
         return torch.tensor(found, dtype=torch.float64)

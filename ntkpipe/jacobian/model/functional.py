@@ -332,7 +332,8 @@ def prepare_model(
     require_parameters(tensors, names)
     hooked = converted(_Hooked(model, forward), dtype, device)
     found = FunctionalModel(hooked, names, dtype, device, tf32)._with_module(hooked)
-    if lost := [name for name, value in found.parameters.items() if not bool(torch.isfinite(value).all())]:
+    changed = ((name, value) for name, value in found.parameters.items() if value.dtype != tensors[name].dtype)
+    if lost := [name for name, value in changed if not bool(torch.isfinite(value).all())]:
         raise NonFiniteError(
             f"parameter {lost[0]!r} overflows {dtype}; use compute_dtype='float64', or scale the model"
         )
