@@ -227,7 +227,7 @@ class Engine:
         outputs, calls, count = recorded.outputs, recorded.calls, len(self.covectors)
         unused = [self.parameters[name] for name in self.tracing.unused]
         num_bytes = sum(calls[n].blank().numel() for n in numbers if calls[n].edge is not None) * outputs.itemsize
-        # Gradients wait for those of other covectors where they are multiplied with the inputs, not where they are kept.
+        # Gradients wait for those of other covectors where they are multiplied with inputs, not where they are kept.
         waits = every_use or not all(issubclass(term.held_as, Factored) for term in self.terms)
         most = sizes_of(self.covectors.device).gradient_bytes if waits else 0
         step = max(1, min(count, most // max(1, num_bytes)))
