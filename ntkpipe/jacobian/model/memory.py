@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 _MIB = 2**20
-# What glibc's mallopt is told. Threads allocate from one heap: those of their own are in pieces of 64 MiB, each of which
+# What glibc's mallopt is told. Threads allocate from one heap: theirs are in pieces of 64 MiB, each of which
 # is unmapped whenever it is empty, after every batch. Blocks up to 32 MiB (its most) come from there, as they do anyway
 # once one of that size was freed; and 512 MiB of freed memory are kept, not twice the largest block.
 _M_ARENA_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -8, -3, -1
