@@ -18,6 +18,7 @@ from ntkpipe.base.grid import Span
 from ntkpipe.base.paths import said
 from ntkpipe.jacobian.model.device import Alone, is_out_of_memory
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
+from ntkpipe.jacobian.model.gradients import autograd_vjp
 from ntkpipe.jacobian.model.samples import Source
 
 
@@ -65,7 +66,7 @@ def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
         outputs = model(take(batch, (sample, sample)))[0]
         for number, covector in enumerate(covectors if outputs.requires_grad else ()):
             keep = number + 1 < len(covectors)
-            grads = torch.autograd.grad(outputs, parameters, covector, retain_graph=keep, materialize_grads=True)
+            grads = autograd_vjp(outputs, covector, parameters, retain_graph=keep, materialize_grads=True)
             _copy(grads, found[number, sample])
     return found
 
@@ -158,7 +159,7 @@ class JacobianProducts:
                 outputs = self.model(batch)
                 seed = torch.zeros_like(outputs)
                 seed[: len(span)] = by_sample[span.start : span.stop].to(self.covectors) @ self.covectors
-                grads = torch.autograd.grad(outputs, list(parameters.values()), seed, allow_unused=True)
+                grads = autograd_vjp(outputs, seed, list(parameters.values()), allow_unused=True)
             for name, grad in zip(parameters, grads, strict=True):
                 if grad is not None:
                     total[name] += grad
@@ -179,8 +180,8 @@ class JacobianProducts:
                 for left, (number, label) in zip(reversed(range(len(wanted))), wanted, strict=True):
                     seed = torch.zeros_like(outputs)
                     seed[np.flatnonzero(own[:, number] == label)] = self.covectors[number].to(outputs)
-                    found = torch.autograd.grad(
-                        outputs, list(parameters.values()), seed, retain_graph=left > 0, allow_unused=True
+                    found = autograd_vjp(
+                        outputs, seed, list(parameters.values()), retain_graph=left > 0, allow_unused=True
                     )
                     pairs = zip(parameters, found, strict=True)
                     yield label, {name: grad.to_dense() for name, grad in pairs if grad is not None}

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -220,3 +222,17 @@ def test_products_that_overflow_in_float64_are_told_from_a_lower_precision():
     model = Custom(lambda m, x: m.b(torch.tanh(m.a(torch.nan_to_num(x)))), a=nn.Linear(4, 5), b=nn.Linear(5, 2))
     with pytest.raises(SelfCheckError, match="overflow: scale the inputs or the model"):
         ntkpipe.kernel_matrix(redraw(model), inputs, compute_dtype="float64", workers=1)
+
+
+def test_a_first_call_loads_neither_a_compiler_nor_symbolic_algebra():
+    """They take longer than all that comes before the first tile of a small model."""
+    code = """
+import sys, numpy, torch, ntkpipe
+layer = torch.nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+model = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 1), layer, torch.nn.Flatten(), torch.nn.Linear(16, 2)).eval()
+before = {"sympy", "torch._dynamo"} & {*sys.modules}
+ntkpipe.kernel_matrix(model, numpy.random.default_rng(0).standard_normal((6, 3, 4)), workers=2)
+print({"sympy", "torch._dynamo"} & {*sys.modules} - before)
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert answer.stdout.strip() == "set()"
