@@ -234,8 +234,7 @@ class Engine:
         for start in range(0, count, step):
             found = []
             for number in range(start, min(start + step, count)):
-                # Memory of their own, which hooks may change in place.
-                covectors = self.covectors[number].to(outputs.dtype).repeat(len(outputs), 1)
+                covectors = self.covectors[number].to(outputs.dtype).expand(len(outputs), -1)
                 keeps = number + 1 < count
                 grads, others = recorded.pulled(covectors, unused, numbers, keeps_graph=keeps or keeps_graph)
                 if any(grad is not None for grad in others):

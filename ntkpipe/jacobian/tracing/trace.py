@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from ntkpipe.jacobian.model.gradients import autograd_vjp
 from ntkpipe.jacobian.tracing.recorder import Call
 from ntkpipe.jacobian.tracing.rules.form import Form, Lookup, Outer
 from ntkpipe.jacobian.tracing.uses import Layout, Use, pull_back, total_gradient
@@ -45,7 +46,7 @@ class Pass:
         sources: list[Any] = [*edges.values(), *others]
         if not self.outputs.requires_grad or not sources:
             return {}, [None] * len(others)
-        found = torch.autograd.grad(self.outputs, sources, covectors, retain_graph=keeps_graph, allow_unused=True)
+        found = autograd_vjp(self.outputs, covectors, sources, retain_graph=keeps_graph, allow_unused=True)
         pairs = zip(edges, found, strict=False)
         return {n: grad.reshape(self.calls[n].shape) for n, grad in pairs if grad is not None}, found[len(edges) :]
 
