@@ -21,8 +21,8 @@ from ntkpipe.jacobian.model.state import is_special
 _MAX_BYTES, _MAX_VALUES = 2**20, 50_000  # of tensors whose values are read, and of all else
 _ATOMS = {types.NoneType, types.EllipsisType, bool, int, float, complex, str, bytes, range}
 _ATOMS |= {torch.dtype, torch.device, torch.layout, torch.memory_format}
-_SLOTS = types.MethodDescriptorType | types.WrapperDescriptorType | types.MemberDescriptorType
-_SLOTS |= types.GetSetDescriptorType | types.ClassMethodDescriptorType
+_NAMED = types.MethodDescriptorType | types.WrapperDescriptorType | types.MemberDescriptorType
+_NAMED |= types.GetSetDescriptorType | types.ClassMethodDescriptorType | types.ModuleType
 _NO_CODE = {"__dict__", "__weakref__", "__doc__", "__annotations__", "__dataclass_fields__", "__dataclass_params__"}
 _NO_CODE |= {"__abstractmethods__", "_abc_impl"}
 
@@ -33,7 +33,7 @@ def digest(values: Iterable[Any], free: Iterable[Tensor]) -> str:
     seen: dict[int, tuple[int, Any]] = {}  # numbers by id, with the values, so that no id is used again
     while left:
         value, inside = left.pop(), list[Any]()
-        if type(value) in _ATOMS or isinstance(value, _SLOTS | types.ModuleType):
+        if type(value) in _ATOMS or isinstance(value, _NAMED):
             label = f"{type(value)} {value!r}".encode()
         elif isinstance(value, types.CodeType):
             label = marshal.dumps(value, 2)  # later versions write references, which depend on other holders
@@ -64,9 +64,9 @@ def _refuse(what: str) -> Any:
 def _facts(value: Tensor) -> list[Any]:
     if type(value) not in {Tensor, nn.Parameter, nn.Buffer} or is_special(value) or value.grad_fn is not None:
         _refuse(f"a {type(value).__qualname__} that is not plain, or was computed")
-    hooks: list[Any] = [value._backward_hooks, value._post_accumulate_grad_hooks]
+    hooks = [*_unnumbered(value._backward_hooks), None, *_unnumbered(value._post_accumulate_grad_hooks)]
     place = value.dtype, value.device, value.shape, value.stride(), value.storage_offset()
-    return [f"{place} {value.requires_grad} {value.is_conj()} {value.is_neg()}", vars(value), *map(_unnumbered, hooks)]
+    return [f"{place} {value.requires_grad} {value.is_conj()} {value.is_neg()}", vars(value) or None, *hooks]
 
 
 def _content(value: Tensor) -> bytes:
@@ -86,13 +86,14 @@ def _inside(value: Any) -> list[Any]:
     if isinstance(value, type):
         return [each for base in value.__mro__ for each in _members(base)]
     if isinstance(value, nn.Module):
-        return [
-            kind,
-            {n: _unnumbered(v) if "_hooks" in n and isinstance(v, dict) else v for n, v in vars(value).items()},
-        ]
+        hooks = {name: held for name, held in vars(value).items() if "_hooks" in name and isinstance(held, dict)}
+        of_runs = {name: held for name, held in hooks.items() if held and "state_dict" not in name}
+        called = [each for name, held in of_runs.items() for each in (name, *_unnumbered(held))]
+        return [kind, *called, {name: held for name, held in vars(value).items() if name not in hooks}]
     if isinstance(value, dict | list | tuple | set | frozenset | deque):
         members = (value, value.values()) if isinstance(value, dict) else (value,)
-        more = [getattr(value, name, None) for name in ("__dict__", "default_factory", "maxlen")]
+        names = () if kind in {dict, list, tuple} else ("__dict__", "default_factory", "maxlen")
+        more = [getattr(value, name, None) for name in names]
         return [kind, *more, *(each for part in members for each in part)]
     if any(getattr(kind, n) is not getattr(object, n) for n in ("__reduce_ex__", "__reduce__", "__getstate__")):
         _refuse(f"a {kind.__qualname__}")
@@ -147,5 +148,6 @@ _PARTS: dict[type, Callable[[Any], list[Any]]] = {
     classmethod: lambda value: [value.__func__],
     property: lambda value: [value.fget, value.fset, value.fdel],
     functools.partial: lambda value: [value.func, value.args, value.keywords, vars(value)],
+    types.SimpleNamespace: lambda value: [vars(value)],
     weakref.ref: lambda value: [value()],
 }
