@@ -244,7 +244,7 @@ def trace(
     """Find the uses of parameters in three recorded passes; gradients reach the parameters in ``reached``.
 
     Two passes are of unlike sizes and orders. The third differs from the first in its last sample, and parameters were
-    detached in its recorded uses. If it ``is_known`` that rows belong to one sample each, one sample tells to which.
+    detached in its recorded uses. If it ``is_known`` that a row has one sample, shapes or one sample say which.
     """
     first, second, cut = recorded
     passes = first, second
@@ -253,8 +253,12 @@ def trace(
     patterns = tuple(Pattern.of(call, first.num_samples, other) for call, other in calls)
     if not all(_follows(each, patterns) for each in passes):
         return nothing_traced(parameters, DEPENDS_ON_DATA)  # what few samples do not use, others may
-    few, others = (1, 0) if is_known else (first.num_samples, second.num_samples)
-    layouts = [first.layouts(cut, range(few)), second.layouts(None, range(others))]
+    layouts = list[dict[str, set[Layout]]]()
+    for few, others in ((0, 0), (1, 0)) if is_known else ((first.num_samples, second.num_samples),):
+        both = zip(first.layouts(cut, range(few)), second.layouts(None, range(others)), strict=True)
+        layouts = [{role: one[role] & other[role] for role in one} for one, other in both]
+        if all(len(found) == 1 for each in layouts for found in each.values()):  # by shapes alone
+            break
     edges = [count_edges(each.outputs, parameters) for each in passes]
     varying = [name for name in parameters if len({each[name] for each in edges}) > 1]
     reasons = dict.fromkeys(varying, "how often it is used depends on the data")
@@ -262,7 +266,7 @@ def trace(
     uses = []
     for number, call in enumerate(first.calls):
         for role, argument in call.arguments.items():
-            candidates = set.intersection(*(found[number][role] for found in layouts))
+            candidates = layouts[number][role]
             problem = _problem([each.calls[number] for each in passes], candidates)
             needless = set(argument.sources) & set(unused)
             if needless:
