@@ -363,14 +363,54 @@ def settled(model, inputs=X, **options):
         return settle_matrix(Request(model, as_samples(inputs, with_targets=False), None, kernel, run))
 
 
-def test_weights_that_show_less_are_looked_at_as_if_nothing_were_known(seen):
-    """Under a head of zeros no gradient tells the rows of samples apart, so the fallback takes them."""
-    settled(MODELS["merged axes"](0))
-    model = MODELS["merged axes"](1)
-    nn.init.zeros_(model.head.weight)
-    found = settled(model)
+def branching(m, x):
+    hidden = torch.tanh(m.a(x))
+    return m.c(m.b(hidden) if bool((x[:, 0] > 3).any()) else hidden)
+
+
+def changed(places, values):
+    inputs = X.clone()
+    inputs[places] = torch.tensor(values, dtype=X.dtype)
+    return inputs
+
+
+def weighed(m, x):
+    return merged(m, x) * x[:, :1]
+
+
+SHOWING_LESS = {
+    # No gradient tells the rows of samples apart.
+    "a head of zeros": (MODELS["merged axes"], X, lambda model: nn.init.zeros_(model.head.weight), X),
+    # Nor does the one sample by which a known layout is found again; others do.
+    "a sample without a gradient": (
+        lambda seed: redraw(
+            Custom(lambda m, x: merged(m, x) * x[:, :1], a=nn.Linear(1, 5), head=nn.Linear(5, 3)), seed
+        ),
+        X,
+        lambda model: None,
+        changed([0, 11], [0.0, 1.0, 2.0, 3.0]),
+    ),
+    # All batches of the probe take the branch; of those by which costs are measured, one does not.
+    "a branch": (
+        lambda seed: redraw(Custom(branching, a=nn.Linear(4, 5), b=nn.Linear(5, 5), c=nn.Linear(5, 3)), seed),
+        X + 9,
+        lambda model: None,
+        changed([5], [9.0, 0.0, 0.0, 0.0]),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.func.vmap cannot run")
+@pytest.mark.parametrize("name", SHOWING_LESS)
+def test_what_shows_less_is_looked_at_as_if_nothing_were_known(name, seen):
+    make, inputs, change, others = SHOWING_LESS[name]
+    settled(make(0), inputs, self_check=False)
+    assert len(learnt._KEPT) == 1
+    model = make(1)
+    change(model)
+    found = settled(model, others, self_check=False)
     learnt.forget()
-    alone = settled(model)
+    alone = settled(model, others, self_check=False)
     assert found.engine.representations == alone.engine.representations
     assert found.engine.tracing == alone.engine.tracing
     assert found.plan.workload.cost == alone.plan.workload.cost
@@ -447,11 +487,6 @@ def test_warnings_come_each_time(function, options, words, seen):
         model = redraw(Custom(function, a=nn.Linear(4, 5), b=nn.Linear(5, 3)), number)
         with pytest.warns(UserWarning, match=words):
             compute(model, **options)
-
-
-def branching(m, x):
-    hidden = torch.tanh(m.a(x))
-    return m.c(m.b(hidden) if bool((x[:, 0] > 3).any()) else hidden)
 
 
 def test_data_on_which_operations_depend_is_seen_where_other_data_hid_it(seen):
