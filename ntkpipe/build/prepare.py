@@ -18,8 +18,10 @@ from ntkpipe.base.kinds import MAX_PLANES, Kind, Plane, get_kind, match_groups, 
 from ntkpipe.base.paths import said
 from ntkpipe.base.resources import available_memory, num_cores, process_memory
 from ntkpipe.build.plan import Machine, Plan, Workload
+from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.engine import DataDependentError, Engine
 from ntkpipe.jacobian.fallback import JacobianProducts, batch_size, take
+from ntkpipe.jacobian.learnt import key_of
 from ntkpipe.jacobian.model.device import exact_math, free_memory, is_out_of_memory, sizes_of, without_tf32
 from ntkpipe.jacobian.model.functional import (
     DTYPES,
@@ -195,7 +197,10 @@ def prepare(
         tf32=spec.compute_dtype == "tf32",
     )
     load = partial(_load, functional, train)
-    probed = probe(functional, load, train.num_samples, structured=spec.jacobian == "structured")
+    asked = spec.model_dump_json(exclude={"parameters", "tile", "store_dtype"}), functional.names
+    key = partial(key_of, request.model, request.forward, *asked, str(functional.device), sizes_of(functional.device))
+    is_structured = spec.jacobian == "structured"
+    probed = probe(functional, load, train.num_samples, structured=is_structured, key_of=lambda x: key(batch=x))
     num_outputs = probed.num_outputs
     groups = match_groups(spec.groups, functional.names)
     count = num_planes(spec.kind, num_outputs, len(groups))
@@ -221,9 +226,7 @@ def products_of(prepared: Prepared, tile: int, strip: int, subtile: int, batch: 
 def workload_of(prepared: Prepared, engine: Engine, grids: Mapping[str, Grid], num_test: int = 0) -> Workload:
     """What is to be computed; measures the cost of Jacobians."""
     spec, module = prepared.spec, engine.model.module
-    samples = probe_samples(prepared.train.num_samples)
-    chosen = [samples[i % len(samples)] for i in range(_COST_BATCH)]
-    cost = engine.cost(prepared.load(chosen), chosen)
+    cost = _cost(prepared, engine)
     copied = num_bytes((*module.parameters(), *module.buffers()))  # by each worker
     fixed = cost.fixed_workspace_bytes + copied + _LIBRARY_BYTES
     return Workload(
@@ -236,6 +239,19 @@ def workload_of(prepared: Prepared, engine: Engine, grids: Mapping[str, Grid], n
         num_matrices=prepared.kind.num_matrices(prepared.num_outputs),
         num_groups=len(prepared.groups),
     )
+
+
+def _cost(prepared: Prepared, engine: Engine) -> Cost:
+    """What a sample costs, measured once for each way in which the Jacobians of a model are found and held."""
+    chosen, known = probe_samples(prepared.train.num_samples)[:_COST_BATCH], prepared.probed.learnt.costs
+    batch, key = prepared.load(chosen), (*engine.representations.items(), engine.setup.piece_rows)
+    if key not in known:
+        known[key] = engine.cost(batch, chosen)
+    else:
+        with engine.model.turn:  # values are looked at each time: operations may depend on them
+            for size in (_COST_BATCH, _COST_BATCH // 2):
+                engine.forward(take(batch, range(size)))
+    return known[key]
 
 
 def this_machine(engine: Engine, run: RunSpec, *, result_bytes: int = 0, free_disk: int | None = None) -> Machine:
