@@ -83,6 +83,11 @@ class Engine:
         self.workspace = Workspace()
 
     @property
+    def _waits(self) -> bool:
+        """Whether gradients of several covectors are held at once: to be multiplied with inputs, not to be kept."""
+        return not all(issubclass(term.held_as, Factored) for term in self.terms)
+
+    @property
     def representations(self) -> dict[str, str]:
         """How each term's Jacobian is found and kept, for the manifest."""
         return {t.name: t.label for t in self.terms} | dict.fromkeys(self.fallback, f"torch.func:{self.method}")
@@ -227,9 +232,7 @@ class Engine:
         outputs, calls, count = recorded.outputs, recorded.calls, len(self.covectors)
         unused = [self.parameters[name] for name in self.tracing.unused]
         num_bytes = sum(calls[n].blank().numel() for n in numbers if calls[n].edge is not None) * outputs.itemsize
-        # Gradients wait for those of other covectors where they are multiplied with inputs, not where they are kept.
-        waits = every_use or not all(issubclass(term.held_as, Factored) for term in self.terms)
-        most = sizes_of(self.covectors.device).gradient_bytes if waits else 0
+        most = sizes_of(self.covectors.device).gradient_bytes if every_use or self._waits else 0
         step = max(1, min(count, most // max(1, num_bytes)))
         for start in range(0, count, step):
             found = []
@@ -302,10 +305,11 @@ class Engine:
     def cost(self, batch: Batch, samples: Sequence[int] | None = None) -> Cost:
         """Measure what one sample costs by running ``batch``, of these samples, and its first half; B is at least 4."""
         size, count, numbers = batch_size(batch), len(self.covectors), samples or range(batch_size(batch))
-        found = self._of_few(min(count, _METERED))._metered(batch, numbers)
-        if count > _METERED:  # each further covector costs the same
-            less = self._of_few(_METERED // 2)._metered(batch, numbers)
-            found += (found - less) * (count - _METERED) / (_METERED - _METERED // 2)
+        most = _METERED if self._waits or self.fallback else 2
+        found = self._of_few(min(count, most))._metered(batch, numbers)
+        if count > most:  # each further covector costs the same
+            less = self._of_few(most // 2)._metered(batch, numbers)
+            found += (found - less) * (count - most) / (most - most // 2)
         (flops, whole_bytes, _), (_, num_bytes, largest) = found[0].tolist(), (found[0] - found[1]).tolist()
         slope = max(0, int(num_bytes)) // (size - size // 2)
         return Cost(
