@@ -28,6 +28,8 @@ USUAL = Report(
     memory_limit=4 * GIB,
     base_memory=GIB // 2,
     available_memory=9 * GIB,
+    folder=Path("scratch"),
+    scratch_bytes=GIB,
     found=FACTS,
 )
 
