@@ -204,8 +204,7 @@ class _Builder:
         self._buffers = [tile_buffers(self._device, rows, job.store_dtype) for _ in job.prefixes]
         self._held: dict[StripKey, JacobianBlock] = {}
         self._batch = job.plan.batch
-        self._flops = 0.0
-        self._num_bytes = 0
+        self._flops, self._num_bytes = 0.0, 0
 
     def run(self, task: BlockTask) -> Iterator[BuildRecord]:
         """Do one task; the last record sums it up."""
@@ -396,6 +395,6 @@ class _Builder:
         block.require_finite(split, range(span.start, span.stop))
         self._flops += len(span) * self._plan.workload.cost.jacobian_flops
         # What was computed in smaller batches for lack of memory has other last bits.
-        if self._batch == self._plan.batch:
+        if self._plan.scratch_bytes and self._batch == self._plan.batch:
             self._job.scratch.put(key, block.memory(self._engine.covectors))
         return block
