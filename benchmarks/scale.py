@@ -64,7 +64,10 @@ class SleepJob:
     def shrunk(self) -> "SleepJob":
         return self
 
-    def open(self, pause: Any) -> Any:
+    def close(self) -> None:
+        pass
+
+    def open(self, pause: Any, folder: Path | None = None) -> Any:
         return lambda task: self.run(task, pause)
 
     def run(self, task: BlockTask, pause: Any) -> Iterator[TileRecord | BlockRecord]:

@@ -13,6 +13,7 @@ import psutil
 _BYTES = re.compile(r"\s*(\d+|\d*\.\d+)\s*(?:([kmgtpe])(i?))?b?\s*", flags=re.IGNORECASE)
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _CGROUP_USAGE = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+_LOCAL_DISKS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "xfs", "zfs"}
 
 
 def _first_number(paths: tuple[str, ...]) -> int | None:
@@ -50,6 +51,20 @@ def free_disk(path: Path) -> int | None:
     existing = next(one for one in (absolute, *absolute.parents) if one.exists())
     usage = psutil.disk_usage(str(existing))
     return usage.free if usage.total else None
+
+
+def local_disk_room(folder: Path) -> int:
+    """Free bytes for files in a folder; zero if nothing can be written there, or memory or a network is behind it."""
+    path = os.path.realpath(folder)
+    mounts = [each for each in psutil.disk_partitions(all=True) if _is_below(path, each.mountpoint)]
+    kind = max(mounts, key=lambda each: len(each.mountpoint)).fstype if mounts else ""
+    if kind not in _LOCAL_DISKS or not os.access(path, os.W_OK | os.X_OK):
+        return 0
+    return free_disk(Path(path)) or 0
+
+
+def _is_below(path: str, mountpoint: str) -> bool:
+    return os.path.commonpath([path, mountpoint]) == mountpoint
 
 
 def num_cores() -> int:

@@ -4,10 +4,11 @@ import platform
 import socket
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from ntkpipe.build.life import Products, RowProducts, StoreSink, TileSource, Vec
 from ntkpipe.build.plan import Plan, make_plan
 from ntkpipe.build.prepare import Prepared, Request, Settled, plan_and_check, prepare, products_of, workload_of
 from ntkpipe.build.records import TileRecord, logged
+from ntkpipe.build.scratch import Scratch
 from ntkpipe.build.tiles import BuildJob, Sink, StripCache
 from ntkpipe.build.workers import Resources, versions
 from ntkpipe.jacobian.engine import Engine
@@ -48,12 +50,16 @@ def job_of(
     sources: Mapping[str, Source],
     sink: Sink,
     in_use: Callable[[], AbstractContextManager[None]] = nullcontext,
+    store: Path | str | None = None,
 ) -> BuildJob:
     """The job of a run whose tiles go to a sink."""
     prepared, engine, plan = settled.prepared, settled.engine, settled.plan
     cache, dtype = StripCache(plan.cache_bytes), np.dtype(prepared.spec.resolved_store_dtype())
+    scratch = Scratch(store if isinstance(store, Path) else None, plan.bytes_to_write)
     pairs, prefixes = prepared.kind.pairs, tuple(plane.prefix for plane in prepared.planes)
-    return BuildJob(engine, plan, sources, prepared.train.is_mapping, sink, cache, dtype, pairs, prefixes, in_use)
+    return BuildJob(
+        engine, plan, sources, prepared.train.is_mapping, sink, cache, dtype, pairs, prefixes, in_use, scratch
+    )
 
 
 @dataclass(frozen=True)
@@ -216,8 +222,8 @@ class ModelSource(TileSource):
         settled = replace(self.settled, plan=replace(self.settled.plan, workload=workload))
         executor = self.resources.executor(store, settled.plan.machine.workers)
         sources = {split: StoredSource(store, split, count) for split, count in sizes.items()}
-        job = job_of(settled, sources, sink, store.in_use)
-        return logged(store, settled, executor.run(job, settled.plan.tasks()))
+        with closing(job_of(settled, sources, sink, store.in_use, store.root)) as job:
+            yield from logged(store, settled, executor.run(job, settled.plan.tasks()))
 
     def num_steps(self) -> int:
         """See :meth:`TileSource.num_steps`: a pass over the train samples, and one per group over all."""

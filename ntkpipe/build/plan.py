@@ -76,6 +76,8 @@ class Machine:
     device: str = "cpu"  # as torch names it
     processes: int = 1  # this one, or the workers of a cluster
     is_remote: bool = False  # whether they are workers of a cluster, whose number of threads is fixed
+    scratch_bytes: int = 0  # free bytes for files that processes share, on the fullest of those disks; zero: none
+    num_scratch: int = 1  # of those disks: one on each host
     arithmetic: str = ""  # of workers of a cluster; see :func:`ntkpipe.jacobian.model.device.describe_arithmetic`
 
     @property
@@ -105,6 +107,8 @@ class Plan:
     jacobian_flops: float = 0.0  # operations of all Jacobians, including recomputation
     recompute_factor: float = 0.0  # how often the average Jacobian is computed, at most
     cache_bytes: int = 0  # memory for Jacobian strips that workers share
+    scratch_bytes: int = 0  # disk for all strips, which processes of a machine share; zero if it would not pay
+    read_bytes: float = 0.0  # of those, with repetition, which are read where they would be computed again
     memory_bytes: int = 0  # upper bound of the resident memory of a process
     tiles_done: int = 0  # tiles that exist already
     bytes_to_write: int = 0  # bytes of the missing tiles and outputs, and of the samples
@@ -131,12 +135,12 @@ class Plan:
 
     @property
     def worker_seconds(self) -> float:
-        """Estimated computing time, summed over the workers: contractions at their rate, Jacobians as measured."""
+        """Estimated time, summed over the workers: contractions at their rate, Jacobians as measured."""
         rate = self.machine.flops_per_second
         jacobians = self.jacobian_flops / rate
         if self.sample_seconds is not None:
             jacobians = self.recompute_factor * self.workload.num_samples * self.sample_seconds
-        return self.pair_flops / rate + jacobians
+        return (self.pair_flops + self.read_bytes * _READ_FLOPS) / rate + jacobians
 
     @property
     def seconds(self) -> float:
@@ -182,7 +186,7 @@ class Plan:
             "free_disk_bytes": self.machine.free_disk,
             **{name: getattr(self, name) for name in ("strip", "subtile", "batch", "tiles_done", "bytes_to_write")},
             **{name: getattr(self, name) for name in ("flops", "jacobian_flops", "recompute_factor", "memory_bytes")},
-            **{name: getattr(self, name) for name in ("seconds", "sample_seconds")},
+            **{name: getattr(self, name) for name in ("scratch_bytes", "seconds", "sample_seconds")},
             "problems": list(self.problems),
         }
 
@@ -196,6 +200,7 @@ class Plan:
             kernels += f"; {load.num_planes} of each, {', '.join(planes)}"
         timed = " at the matrix-product rate" if self.sample_seconds is None else ""
         each = "" if machine.processes == 1 else f" in each of {machine.processes} processes"
+        kept = f"; {format_bytes(self.scratch_bytes)} of files for all" if self.scratch_bytes else ""
         disk = "free space unknown" if machine.free_disk is None else f"{format_bytes(machine.free_disk)} free"
         return [
             ("kernels", kernels),
@@ -205,7 +210,7 @@ class Plan:
             ("to write", f"{format_bytes(self.bytes_to_write)}; {disk}"),
             ("operations", f"{self.flops / 1e9:,.1f} GFLOP, {self.jacobian_flops / self.flops:.0%} of them Jacobians"),
             ("recompute factor", f"{self.recompute_factor:.2f} (Jacobians computed per sample)"),
-            ("Jacobian strips", f"{self.strip} samples, {format_bytes(self.strip * load.cost.block_bytes)} each"),
+            ("Jacobian strips", f"{self.strip} samples, {format_bytes(self.strip * load.cost.block_bytes)} each{kept}"),
             ("forward batch", f"{self.batch} samples; contracted in pieces of {self.subtile}"),
             ("workers", f"{machine.num_workers}, {machine.flops_per_second / 1e9:.0f} GFLOP/s each"),
             ("memory bound", f"{format_bytes(self.memory_bytes)}{each}; limit {format_bytes(machine.memory_limit)}"),
@@ -224,6 +229,9 @@ _BLOCK_OVERHEAD_SECONDS = 0.05  # rough time of a worker for receiving a block a
 _BLOCK_SECONDS = 60.0  # longest time of a block, so that a stop or a kill loses little
 _RECOMPUTE_SHARE = 0.03  # recomputing Jacobians is tolerated while it costs less than this share of the contraction
 _BUFFERS = 3
+_WORTH_FILES = 1.03  # how often Jacobians are computed without files of their strips, for these to pay
+_READ_FLOPS = 64  # operations that take at least as long as reading a byte and checking it
+_SCRATCH_MARGIN = 1.25  # free disk over what all strips take
 
 
 def make_plan(
@@ -260,13 +268,8 @@ def make_plan(
             f"the store needs {format_bytes(bytes_to_write)} more, {format_bytes(machine.free_disk)} of disk are free; "
             "free some, choose another path, a smaller store_dtype or fewer samples"
         )
-    return replace(
-        plan,
-        tiles_done=tiles_done,
-        bytes_to_write=bytes_to_write,
-        problems=tuple(problems),
-        is_resumed=choices is not None,
-    )
+    work: dict[str, Any] = {"tiles_done": tiles_done, "bytes_to_write": bytes_to_write}
+    return replace(plan, problems=tuple(problems), is_resumed=choices is not None, **work)
 
 
 def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
@@ -292,21 +295,15 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
     subtile, batch = min(subtile, strip), min(batch, strip)
     strips = -(-tile // strip)
     affordable_strips = max(2, (affordable - subtile) // strip)
-    num_samples = workload.num_samples
+    num_samples, num_pairs = workload.num_samples, sum(grid.num_pairs for grid in workload.grids.values())
+    pair_flops = num_pairs * cost.pair_flops
     everything = num_samples * cost.block_bytes
+    has_scratch = machine.device == "cpu" and machine.scratch_bytes > _SCRATCH_MARGIN * everything
+    has_scratch &= cost.jacobian_flops > _READ_FLOPS * cost.block_bytes
 
     def shaped(height: int, width: int) -> Plan:
-        plan = Plan(
-            workload=workload,
-            machine=machine,
-            strip=strip,
-            subtile=subtile,
-            batch=batch,
-            hold=height if strips == 1 else max(1, min(affordable_strips - 1, strips)),
-            height=height,
-            width=width,
-            pair_flops=sum(grid.num_pairs for grid in workload.grids.values()) * cost.pair_flops,
-        )
+        hold = height if strips == 1 else max(1, min(affordable_strips - 1, strips))
+        plan = Plan(workload, machine, strip, subtile, batch, hold, height, width, pair_flops)
         factor = _strip_visits(plan) / num_samples
         excess = (factor - 1) * num_samples * cost.jacobian_flops
         spare = machine.memory_limit - machine.base_memory - machine.workers * _worker_bytes(plan)
@@ -314,6 +311,9 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
             plan = replace(plan, cache_bytes=int(min(everything, spare)))
             if plan.cache_bytes >= everything:
                 factor = min(factor, float(machine.processes))
+        if has_scratch and factor > max(_WORTH_FILES, machine.num_scratch):
+            read_bytes, factor = (factor - machine.num_scratch) * everything, float(machine.num_scratch)
+            plan = replace(plan, scratch_bytes=everything, read_bytes=read_bytes)
         return replace(plan, recompute_factor=factor, jacobian_flops=factor * num_samples * cost.jacobian_flops)
 
     shapes = _shapes(workload, machine, most_rows=affordable_strips - 1 if strips == 1 else _MAX_EDGE)

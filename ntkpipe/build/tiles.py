@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import gettempdir
 from time import perf_counter, time
 from typing import Any, Protocol
 
@@ -21,6 +23,7 @@ from ntkpipe.base.grid import Grid, Span
 from ntkpipe.base.kinds import array_of
 from ntkpipe.build.plan import BlockTask, Plan
 from ntkpipe.build.records import BlockRecord, BuildRecord, TileRecord
+from ntkpipe.build.scratch import Scratch, StripKey
 from ntkpipe.build.transfer import NUM_BUFFERS, Arrival, tile_buffers, to_host_tensor
 from ntkpipe.executors.threads import RunStopped
 from ntkpipe.jacobian.engine import Engine, JacobianBlock
@@ -38,7 +41,7 @@ from ntkpipe.jacobian.representations.sums import Pairs, Workspace
 from ntkpipe.store.growth import ChunkKey
 from ntkpipe.store.layout import Index
 
-StripKey = tuple[str, Span]
+_Worker = Callable[[BlockTask], Iterator[BuildRecord]]
 # Row samples, and what was computed of them: outputs first, then entries for the arrays that lack them.
 _Computed = tuple[Span, dict[ChunkKey, Arrival]]
 
@@ -106,6 +109,7 @@ class BuildJob:
     pairs: Pairs = "all"  # of covectors that are contracted
     prefixes: tuple[str, ...] = ("kernel",)  # folders of the planes, in the order of contraction
     in_use: Callable[[], AbstractContextManager[None]] = nullcontext  # marks the store: a worker may outlive its driver
+    scratch: Scratch = field(default_factory=Scratch)  # strips that processes of a machine share
     default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)  # of the process that makes the job
 
     @contextmanager
@@ -117,15 +121,22 @@ class BuildJob:
     def shrunk(self) -> "BuildJob":
         """The same work in half the memory: all sizes halved, one strip held, none shared."""
         halves = {name: max(1, getattr(self.plan, name) // 2) for name in ("strip", "subtile", "batch")}
-        return replace(self, plan=replace(self.plan, **halves, hold=1, cache_bytes=0), cache=StripCache(0))
+        plan = replace(self.plan, **halves, hold=1, cache_bytes=0, scratch_bytes=0)
+        return replace(self, plan=plan, cache=StripCache(0), scratch=Scratch())
 
-    def open(self, pause: Callable[[], None]) -> Callable[[BlockTask], Iterator[BuildRecord]]:
-        """Prepare one worker: single-threaded arithmetic, its own copy of the module, its own scratch."""
+    def open(self, pause: Callable[[], None], folder: Path | None = None) -> _Worker:
+        """Prepare one worker: single-threaded arithmetic, its own copy of the module, its own workspace."""
         torch.set_num_threads(1)
+        if self.plan.scratch_bytes:
+            self.scratch.open(folder or Path(gettempdir()))
         device = torch.device(self.plan.machine.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of this thread: pinned memory would open a context on the first GPU
         return _Builder(self, pause).run
+
+    def close(self) -> None:
+        """See :meth:`ntkpipe.executors.threads.Job.close`: shared strips are left to other processes, or removed."""
+        self.scratch.close()
 
 
 @dataclass
@@ -193,8 +204,7 @@ class _Builder:
         self._buffers = [tile_buffers(self._device, rows, job.store_dtype) for _ in job.prefixes]
         self._held: dict[StripKey, JacobianBlock] = {}
         self._batch = job.plan.batch
-        self._flops = 0.0
-        self._num_bytes = 0
+        self._flops, self._num_bytes = 0.0, 0
 
     def run(self, task: BlockTask) -> Iterator[BuildRecord]:
         """Do one task; the last record sums it up."""
@@ -229,23 +239,19 @@ class _Builder:
         """Do one task; a separate thread writes tiles while the next ones are computed."""
         is_diagonal = task.array == "kernel/test_diagonal"
         with ThreadPoolExecutor(1, thread_name_prefix="ntkpipe-writer") as writer:
-            pending: deque[Future[list[ChunkKey]]] = deque()
+            pending: deque[Future[list[TileRecord]]] = deque()
             for tile in self._diagonal(task.block.row_start) if is_diagonal else self._tiles(task):
                 pending.append(writer.submit(self._store, *tile))
                 # The next tile reuses the buffers of the previous one, which must be free again.
                 if len(pending) == NUM_BUFFERS:
-                    yield from self._finished(pending.popleft().result())
+                    yield from pending.popleft().result()
             for writing in pending:
-                yield from self._finished(writing.result())
-
-    def _finished(self, chunks: list[ChunkKey]) -> Iterator[TileRecord]:
-        for array, index in chunks:
-            yield TileRecord(array, index, self._batch, self._subtile())
+                yield from writing.result()
 
     def _arrays(self, name: str) -> list[str]:
         return [array_of(prefix, name) for prefix in self._job.prefixes]
 
-    def _store(self, span: Span, computed: dict[ChunkKey, Arrival]) -> list[ChunkKey]:
+    def _store(self, span: Span, computed: dict[ChunkKey, Arrival]) -> list[TileRecord]:
         """Write the outputs of a tile's samples, then the tile of each plane, once all have arrived and are finite."""
         arrived = {key: self._as_stored(key[0], arrive(), span) for key, arrive in computed.items()}
         for (array, index), values in arrived.items():
@@ -253,15 +259,15 @@ class _Builder:
             if not self._job.sink.exists(array, index):
                 self._job.sink.write(array, index, values)
                 self._num_bytes += values.nbytes
-        return [key for key in arrived if not key[0].startswith("outputs/")]
+        sizes = self._batch, self._subtile()
+        return [TileRecord(*key, *sizes) for key in arrived if not key[0].startswith("outputs/")]
 
     def _subtile(self) -> int:
         return min(self._plan.subtile, self._gram.most or self._plan.subtile)
 
     def _tiles(self, task: BlockTask) -> Iterator[_Computed]:
         """Compute the missing tiles of a block: hold row strips, and stream column strips past them."""
-        grid = self._plan.workload.grids[task.array]
-        split = _SPLITS[task.array][0]
+        grid, split = self._plan.workload.grids[task.array], _SPLITS[task.array][0]
         rows = task.block.rows()
         for first in range(rows.start, rows.stop, self._plan.rows_held):
             group = range(first, min(first + self._plan.rows_held, rows.stop))
@@ -355,8 +361,15 @@ class _Builder:
         """Jacobians of a strip: held, cached or computed. Afterwards only it and ``keep`` are held."""
         if key not in self._held:
             self._held = {other: block for other, block in self._held.items() if other in keep}
-            self._held[key] = self._job.cache.get(key, lambda: self._compute(key))
+            self._held[key] = self._job.cache.get(key, lambda: self._read(key) or self._compute(key))
         return self._held[key]
+
+    def _read(self, key: StripKey) -> JacobianBlock | None:
+        """A strip that this or another process has left on disk; none if there is no whole one."""
+        if not self._job.scratch.has(key):
+            return None
+        block = self._engine.blank(len(key[1]), self._plan.subtile)
+        return block if self._job.scratch.get(key, block.memory(self._engine.covectors)) else None
 
     def _compute(self, key: StripKey) -> JacobianBlock:
         split, span = key
@@ -381,4 +394,7 @@ class _Builder:
             raise self._engine.model.failure(error, where) from error
         block.require_finite(split, range(span.start, span.stop))
         self._flops += len(span) * self._plan.workload.cost.jacobian_flops
+        # What was computed in smaller batches for lack of memory has other last bits.
+        if self._plan.scratch_bytes and self._batch == self._plan.batch:
+            self._job.scratch.put(key, block.memory(self._engine.covectors))
         return block

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -16,6 +17,7 @@ import torch
 from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import ClusterError
 from ntkpipe.base.paths import said
+from ntkpipe.base.resources import local_disk_room
 from ntkpipe.build.plan import SHARE_OF_LIMIT, BlockTask, Machine
 from ntkpipe.build.prepare import Request, exact_single_thread, measure_rates, this_machine
 from ntkpipe.build.records import BuildRecord
@@ -55,7 +57,8 @@ class Resources:
     def machine(self, engine: Engine, free_disk: int | None) -> Machine:
         """What computes, for a plan."""
         if self.cluster is None:
-            return this_machine(engine, self.run, free_disk=free_disk)
+            machine = this_machine(engine, self.run, free_disk=free_disk)
+            return replace(machine, scratch_bytes=local_disk_room(Path(gettempdir())))
         limit = min(self.cluster.memory_limit, self.run.memory_limit or self.cluster.memory_limit)
         return replace(self.cluster, memory_limit=limit, free_disk=free_disk)
 
@@ -144,6 +147,8 @@ def inspect_workers(client: "Client", dtype: torch.dtype, device: str | None = N
         processes=len(every),
         is_remote=True,
         arithmetic=every[0].found.arithmetic,
+        scratch_bytes=min(each.scratch_bytes for each in every),
+        num_scratch=len({(each.host, each.folder) for each in every}),
     )
     if machine.device != "cpu" and machine.workers > 1:
         raise ClusterError(

@@ -19,7 +19,7 @@ from distributed import Reschedule, WorkerPlugin, get_worker
 from ntkpipe.base.errors import ClusterError, ConfigError, ModelError
 from ntkpipe.base.imports import folder_first, forget_folder
 from ntkpipe.base.paths import said
-from ntkpipe.executors.pool import is_cancelled, is_leaving, without_frames
+from ntkpipe.executors.pool import is_cancelled, is_leaving, shared_folder, without_frames
 from ntkpipe.executors.threads import Job, RunStopped
 
 PLUGIN_PREFIX = "ntkpipe-"
@@ -123,6 +123,7 @@ class JobPlugin(WorkerPlugin):
     def setup(self, worker: Any) -> None:
         """Dask calls this in each worker, with a copy of its own."""
         self._folder = Path(worker.local_directory) / f"ntkpipe-{self._token}"
+        self._shared = shared_folder(worker)
         self._lock = threading.Lock()
         self._job: Job[Any, Any] | None = None
         self._mine = threading.local()
@@ -131,6 +132,8 @@ class JobPlugin(WorkerPlugin):
 
     def teardown(self, worker: Any) -> None:
         """Dask calls this in each worker when the run has ended."""
+        if self._job is not None:
+            self._job.close()
         self._job, self._mine = None, threading.local()
         gc.collect()  # what threads have opened refers to itself, and a next run would find its memory taken
 
@@ -145,7 +148,7 @@ class JobPlugin(WorkerPlugin):
                 worker.log_event(self.name, {"worker": worker.address})
                 for _ in range(shrinking):
                     job = job.shrunk()
-                opened[shrinking] = job.open(self._pause)
+                opened[shrinking] = job.open(self._pause, self._shared)
             with without_frames():
                 return list(opened[shrinking](key))
 

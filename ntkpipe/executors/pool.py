@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import count
 from math import inf
+from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
@@ -25,7 +26,7 @@ from distributed.core import Status
 from ntkpipe.base.errors import ClusterError, NtkpipeError, ResourceError
 from ntkpipe.base.paths import said
 from ntkpipe.base.progress import note_if_slow
-from ntkpipe.base.resources import available_memory, process_memory
+from ntkpipe.base.resources import available_memory, local_disk_room, process_memory
 
 Task = TypeVar("Task")
 Found = TypeVar("Found")
@@ -54,6 +55,8 @@ class Report(Generic[Found]):
     memory_limit: int | None  # bytes that it may use before its Dask ends it; none if nothing does
     base_memory: int  # bytes that it holds now
     available_memory: int  # free bytes of its host
+    folder: Path  # where it and other workers of its host may leave files
+    scratch_bytes: int  # free bytes there; zero where that is no disk of the host
     found: Found
 
 
@@ -283,7 +286,7 @@ def _report(
 ) -> Report[Found]:
     """Report of this worker; Dask fills in the last argument by its name."""
     assert dask_worker is not None
-    found = question(*arguments)
+    found, folder = question(*arguments), shared_folder(dask_worker)
     return Report(
         host=socket.gethostname(),
         version=version("ntkpipe"),
@@ -291,8 +294,15 @@ def _report(
         memory_limit=dask_worker.memory_manager.memory_limit,
         base_memory=process_memory(),
         available_memory=available_memory(),
+        folder=folder,
+        scratch_bytes=local_disk_room(folder),
         found=found,
     )
+
+
+def shared_folder(worker: Any) -> Path:
+    """The folder in which workers of this host have theirs."""
+    return Path(worker.local_directory).parent
 
 
 def is_cancelled(worker: Any, task: Any) -> bool:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from ntkpipe.base.errors import Interrupted
@@ -28,8 +29,11 @@ class Job(Protocol[KeyIn, RecordOut]):
     def shrunk(self) -> "Job[KeyIn, RecordOut]":
         """The same work in less memory, after workers were killed for theirs; agrees to rounding."""
 
-    def open(self, pause: Callable[[], None]) -> Callable[[KeyIn], Iterator[RecordOut]]:
-        """Prepare one worker, in its thread; the result yields the records of a key."""
+    def open(self, pause: Callable[[], None], folder: Path | None = None) -> Callable[[KeyIn], Iterator[RecordOut]]:
+        """Prepare one worker, in its thread; the result yields the records of a key. Files may be left in a folder."""
+
+    def close(self) -> None:
+        """Release what this process holds beside memory, once the run has ended."""
 
 
 class Executor(Protocol[Key, Record]):

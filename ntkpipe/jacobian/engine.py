@@ -48,6 +48,13 @@ class JacobianBlock:
         """Bytes that the block holds."""
         return sum(piece.num_bytes() for piece in self.pieces) + self.outputs.nbytes
 
+    def memory(self, but: Tensor) -> list[Tensor]:
+        """Bytes of all memory that holds the block, without that of a tensor which belongs to others."""
+        held = [self.outputs, *(t for piece in self.pieces for factor in piece.factors for t in factor.tensors())]
+        storages = {each.data_ptr(): each for each in (tensor.untyped_storage() for tensor in held)}
+        storages.pop(but.untyped_storage().data_ptr(), None)
+        return [torch.empty(0, dtype=torch.uint8).set_(each) for each in storages.values() if each.nbytes()]
+
     def require_finite(self, split: str, numbers: Sequence[int]) -> None:
         """Check all entries of samples with these numbers; if nothing is wrong, this waits for a GPU just once."""
         outputs = torch.isfinite(self.outputs).all(dim=1)
@@ -152,6 +159,13 @@ class Engine:
                 release_memory()
         pieces, outputs = zip(*done, strict=True)
         return JacobianBlock(pieces, torch.cat(outputs)), batch
+
+    def blank(self, num_samples: int, subtile: int) -> JacobianBlock:
+        """Memory for a block, laid out as in :meth:`block`; its covectors are those of this engine."""
+        sizes = [len(span) for span in Span(0, num_samples).cut(subtile)]
+        pieces = (self._empty_piece(max(2, size))[0] for size in sizes)
+        whole = (piece.first() if size == 1 else piece for size, piece in zip(sizes, pieces, strict=True))
+        return JacobianBlock(tuple(whole), self.covectors.new_empty((num_samples, self.covectors.shape[1])))
 
     def _piece(self, load: Callable[[int, int], Batch], start: int, stop: int, batch: int) -> tuple[Piece, Tensor]:
         if stop - start == 1:

@@ -1,9 +1,13 @@
 """Before a run on a cluster every worker says what it is, and proves that it reaches the store."""
 
+import asyncio
+import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +32,8 @@ USUAL = Report(
     memory_limit=4 * GIB,
     base_memory=GIB // 2,
     available_memory=9 * GIB,
+    folder=Path("scratch"),
+    scratch_bytes=GIB,
     found=FACTS,
 )
 
@@ -39,8 +45,14 @@ class Answers:
         self.reports = {f"tcp://worker-{number}:1": report for number, report in enumerate(reports)}
         self.asked = self.reports or {"tcp://worker-0:1": None}
 
-    def run(self, question: object, *arguments: object, workers: object, on_error: str) -> dict[str, object]:
-        return self.reports
+    def scheduler_info(self, n_workers: int) -> dict[str, object]:
+        return {"workers": {address: {"status": "running"} for address in self.asked}}
+
+    def sync(self, function: Callable[..., Any], *arguments: object, **options: object) -> Any:
+        return asyncio.run(function(*arguments, **options))
+
+    async def run(self, question: object, *arguments: object, **options: object) -> dict[str, object]:
+        return dict.fromkeys(self.asked, "host") if question is socket.gethostname else self.reports
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +82,12 @@ def test_a_plan_is_made_for_the_weakest_of_them():
     assert found.flops_per_second == 50e9
 
 
+def test_files_of_workers_are_planned_for_the_fullest_disk_and_each_folder():
+    reports = [USUAL, replace(USUAL, scratch_bytes=GIB // 2), replace(USUAL, folder=Path("other")), other("two")]
+    assert [inspect(*reports[:count]).num_scratch for count in (1, 2, 3, 4)] == [1, 1, 2, 3]
+    assert inspect(*reports).scratch_bytes == GIB // 2
+
+
 def test_what_differs_is_said_with_the_names_of_hosts():
     versions = {**FACTS.versions, "torch": "2.9.0"}
     with pytest.warns(UserWarning, match=r"versions of torch differ: .* on one, .*this process\); 2\.9\.0 on two"):
@@ -85,7 +103,10 @@ def test_what_differs_is_said_with_the_names_of_hosts():
         ([other("two", facts={"device": "cuda:0"}, threads=2)], "several threads; a GPU has one worker"),
         ([USUAL, other("two", facts={"device": "cuda:0"})], "different devices: cpu on one; cuda:0 on two"),
         ([other("two", version="0.0.1")], r"versions of ntkpipe differ: .*0\.0\.1 on two"),
-        ([USUAL, ModuleNotFoundError("No module named 'torch'")], r"1 of 2 workers fail.*worker-1.*Install ntkpipe"),
+        (
+            [USUAL, ModuleNotFoundError("No module named 'torch'")],
+            r"1 of 2 workers on host fail.*worker-1.*Install ntkpipe",
+        ),
     ],
 )
 def test_workers_that_cannot_work_together_are_refused(reports, words):

@@ -117,14 +117,23 @@ def engine_jacobians(engine, batch, places):
 def engine_kernel(engine, inputs):
     """The kernel of all samples, sample-major, as the engine contracts its blocks: pieces of four, batches of three.
 
-    Seven samples make two pieces of unlike sizes and batches of three and of one.
+    Seven samples make two pieces of unlike sizes and batches of three and of one. The block is one that was kept.
     """
     size = reference.size_of(inputs)
     with exact_math():
         block, _ = engine.block(
             lambda start, stop: take(inputs, range(start, stop)), 0, size, subtile=min(4, size), batch=3
         )
-        return block_kernel(block)
+        return block_kernel(copied(engine, block, min(4, size)))
+
+
+def copied(engine, block, subtile):
+    """The block whose memory has the same bytes as that of another one."""
+    blank = engine.blank(len(block.outputs), subtile)
+    for to, source in zip(blank.memory(engine.covectors), block.memory(engine.covectors), strict=True):
+        assert to.shape == source.shape
+        to.copy_(source)
+    return blank
 
 
 def block_kernel(block):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 Pause = Callable[[], None]
 
@@ -24,7 +25,10 @@ class Numbers:
     def shrunk(self) -> "Numbers":
         return replace(self, size=self.size // 2)
 
-    def open(self, pause: Pause) -> Callable[[int], Iterator[int]]:
+    def close(self) -> None:
+        pass
+
+    def open(self, pause: Pause, folder: Path | None = None) -> Callable[[int], Iterator[int]]:
         def do(key: int) -> Iterator[int]:
             yield key
             self.act(self, key, pause)

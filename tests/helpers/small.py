@@ -95,6 +95,8 @@ class LinearEngine:
     def __init__(self, num_covectors: int = 1) -> None:
         self.num_covectors = num_covectors
         self.counts: dict[float, int] = {}
+        self.covectors = torch.zeros(1)
+        self.width = 0  # numbers of a sample
         self.model = self
 
     def to_batch(self, arrays: dict[str, torch.Tensor], is_mapping: bool) -> torch.Tensor:
@@ -108,11 +110,18 @@ class LinearEngine:
 
     def block(self, load: Any, start: int, stop: int, *, subtile: int, batch: int) -> tuple[JacobianBlock, int]:
         x = load(start, stop)
+        self.width = x[0].numel()
         for name in x[:, 0].tolist():
             self.counts[name] = self.counts.get(name, 0) + 1
+        return self.held(x, subtile), batch
+
+    def held(self, x: torch.Tensor, subtile: int) -> JacobianBlock:
         parts = x.reshape(len(x), self.num_covectors, -1).split(subtile)
         pieces = tuple(Piece(len(part), self.num_covectors, (Dense(part),)) for part in parts)
-        return JacobianBlock(pieces, x[:, :2].clone()), batch
+        return JacobianBlock(pieces, x[:, :2].clone())
+
+    def blank(self, num_samples: int, subtile: int) -> JacobianBlock:
+        return self.held(torch.zeros(num_samples, self.width, dtype=torch.float64), subtile)
 
 
 class DictSink:

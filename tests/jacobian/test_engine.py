@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 from architectures import CAUSAL, IDS, IMAGES, from_transformers, last_logits
-from engines import block_kernel, engine_kernel, engine_of, forced, take
+from engines import block_kernel, copied, engine_kernel, engine_of, forced, take
 from reference import Custom, redraw
 from small import with_sizes
 from torch import nn
@@ -49,6 +49,25 @@ def test_jacobians_held_in_any_way_give_the_same_kernel(way, subtile, batch):
     } | ({"linear:dense"} if way == "late" else set())
     block, _ = engine.block(load, 0, 7, subtile=subtile, batch=batch)
     assert reference.error(block_kernel(block), reference.kernel(model, X)) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("subtile", "batch"), [(7, 7), (3, 2), (1, 1)])
+@pytest.mark.parametrize("changes", [{}, {"groups": (("0.weight", "2.weight"), ("3.bias",))}, {"pairs": "same"}])
+def test_a_block_is_all_in_its_memory(changes, subtile, batch, dtype):
+    """Of pieces of one sample, of groups and of sums in another dtype, too."""
+    for structured in (True, False):
+        engine = engine_of(mlp(), X, EYE, structured=structured)
+        engine = engine.changed(setup=replace(engine.setup, accumulate_dtype=dtype, **changes))
+        for held in forced(engine).values():
+            block, _ = held.block(load, 0, 7, subtile=subtile, batch=batch)
+            again = copied(held, block, subtile)
+            assert torch.equal(again.outputs, block.outputs)
+            for one, other in zip(again.pieces, block.pieces, strict=True):
+                assert (one.num_samples, one.groups) == (other.num_samples, other.groups)
+                for mine, theirs in zip(one.factors, other.factors, strict=True):
+                    assert type(mine) is type(theirs)
+                    assert all(map(torch.equal, mine.tensors(), theirs.tensors()))
 
 
 @pytest.mark.parametrize(("numbers", "runs"), [(1, [1, 1, 1]), (2, [2, 1]), (3, [3])])
