@@ -225,7 +225,7 @@ class Plan:
 _MAX_EDGE = 16
 _BLOCKS_PER_WORKER = 4
 _MOST_BLOCKS_PER_WORKER = 64  # more do not balance the workers better
-_BLOCK_OVERHEAD_SECONDS = 0.05  # rough time of a worker for receiving a block and writing its last tile
+_BLOCK_OVERHEAD_SECONDS = 0.02  # rough time of a worker for receiving a block and writing its last tile
 _BLOCK_SECONDS = 60.0  # longest time of a block, so that a stop or a kill loses little
 _RECOMPUTE_SHARE = 0.03  # recomputing Jacobians is tolerated while it costs less than this share of the contraction
 _BUFFERS = 3
