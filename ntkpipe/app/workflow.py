@@ -150,7 +150,7 @@ def kernel_rows(store: KernelStore) -> TableRows:
     size += f"; {format_bytes(progress.bytes_done)} in {progress.tiles_done} tiles of {manifest.store_dtype}"
     rows = [
         ("store", str(store.path)),
-        ("kernel", f"{manifest.kind} of {manifest.model.name}, {manifest.model.num_parameters:,} parameters"),
+        ("kernel", f"{manifest.kind} of {manifest.maker}"),
         ("size", size),
     ]
     with reading_results(store.path):

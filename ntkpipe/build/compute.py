@@ -104,7 +104,8 @@ def compute_kernel(
     arguments, place = locals(), Place.at(store, mode, grow=grow)
     request = Request.of(arguments, stored=place.existing)
     with exact_single_thread(request.kernel.compute_dtype):
-        resources = find_resources(request, client, code, progress)
+        dtype = request.kernel.resolved_accumulate_dtype()
+        resources = find_resources(request.run, dtype, client, code, progress)
         with Phase("prepare", enabled=progress):
             source = ModelSource.of(request, resources, Samples.inspect)
         return KernelStore(fill(place, source, progress=progress))
@@ -137,7 +138,8 @@ def plan_kernel(arguments: Mapping[str, Any]) -> PlannedKernel:
     place = Place.at(arguments["store"], arguments["mode"], grow=arguments["grow"])
     request = Request.of(arguments, stored=place.existing)
     with exact_single_thread(request.kernel.compute_dtype):
-        resources = find_resources(request, *(arguments[name] for name in ("client", "code", "progress")))
+        dtype = request.kernel.resolved_accumulate_dtype()
+        resources = find_resources(request.run, dtype, *(arguments[name] for name in ("client", "code", "progress")))
         source = ModelSource.of(request, resources, lambda samples, _: samples.describe())
         work = place.work(source)
         engine, planned = traced_or_whole(
@@ -294,7 +296,8 @@ def _source(store: Store, arguments: Mapping[str, Any]) -> ModelSource:
     same = ("kind", "groups", "compute_dtype", "accumulate_dtype", "store_dtype", "tile")
     spec = KernelSpec(parameters=manifest.model.parameters, **{name: getattr(manifest, name) for name in same})
     request = Request(model, train, test, spec, spec_of(RunSpec, arguments), arguments["forward"])
-    resources = find_resources(request, arguments.get("client"), arguments.get("code"), arguments["progress"])
+    dtype, cluster = spec.resolved_accumulate_dtype(), (arguments.get("client"), arguments.get("code"))
+    resources = find_resources(request.run, dtype, *cluster, arguments["progress"])
     source = ModelSource.of(request, resources, Samples.inspect)
     hint = "Give those, or the workflow file and options, that it was made with"
     require_same(store, source.manifest, "was made with another model or other samples", hint)

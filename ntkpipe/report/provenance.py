@@ -35,13 +35,14 @@ def computed_section(store: KernelStore, array: str) -> Section:
         ("arithmetic", choices.arithmetic),
         ("tiles", f"{done}, {format_bytes(progress.bytes_done)}"),
         ("digest of the manifest", manifest.digest()),
-        ("digest of the model's state", model.state_digest),
+        *(() if model is None else (("digest of the model's state", model.state_digest),)),
         ("digest of the training inputs", manifest.train.inputs_digest),
     ]
     if manifest.derived is not None:
         rows.append(("digest of the source's manifest", manifest.derived.digest))
-    named = model.parameters[:_MOST_NAMES]
-    more = (("…", f"{len(model.parameters) - len(named):,} more"),) if len(named) < len(model.parameters) else ()
+    parameters = () if model is None else model.parameters
+    named = parameters[:_MOST_NAMES]
+    more = (("…", f"{len(parameters) - len(named):,} more"),) if len(named) < len(parameters) else ()
     held = tuple((name, _representation(name, choices.representations)) for name in named)
     return Section(
         "computed",
