@@ -9,7 +9,7 @@ import ntkpipe
 LAYERS = (
     "base",
     "store executors",
-    "jacobian operators",
+    "jacobian operators infinite",
     "build solvers",
     "learning",
     "analysis",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ntkpipe.base.blas import Pool, single_threaded_blas
-from ntkpipe.operators import blas
+from ntkpipe.base import blas
 
 
 def test_blas_has_one_thread_until_the_last_pass_is_over():
