@@ -74,6 +74,7 @@ def certify(store: Store, source: TileSource, *, progress: bool) -> tuple[dict[s
     by_rows = source.row_products(signs, progress)
     if by_rows is None:
         return tuple(found.values())
+    judge = partial(judge, precision=max(precision, by_rows.precision))
     labels = {split: by_rows.bundles(split) for split in dict.fromkeys(split for *_, split in stored)}
     sums = by_rows.sums(labels)
 
@@ -106,7 +107,7 @@ def _rows_named(
     exact, found = by_rows.sums(alone) if any(map(len, rows.values())) else {}, {}
     for key, each in certificates.items():
         chosen = rows[key[-1]]
-        found[key] = {**each, "by_backward": True}
+        found[key] = {**each, **by_rows.words}
         if each["suspect_rows"]:
             named = judge(stored[key].summed(alone[key[-1]], len(chosen)), exact[key], median=each["median_error"])
             suspects = chosen[list(named["suspect_rows"])].tolist()

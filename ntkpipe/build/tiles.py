@@ -71,7 +71,7 @@ class BuildJob:
     prefixes: tuple[str, ...] = ("kernel",)  # folders of the planes, in the order of contraction
     in_use: Callable[[], AbstractContextManager[None]] = nullcontext  # marks the store: a worker may outlive its driver
     default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)  # of the process that makes the job
-    contraction: Contraction = Contraction()
+    contraction: Contraction = field(default_factory=Contraction)
 
     @contextmanager
     def session(self) -> Iterator[None]:

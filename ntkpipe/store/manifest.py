@@ -159,10 +159,9 @@ class Manifest(_Record):
     @property
     def maker(self) -> str:
         """The model, or the formula in its place, in words."""
-        if self.model is not None:
-            return f"{self.model.name}, {self.model.num_parameters:,} parameters"
-        assert self.source is not None
-        return f"{self.source.network.get('name', 'a network')} of infinite width"
+        if self.model is None:
+            return "a network of infinite width"
+        return f"{self.model.name}, {self.model.num_parameters:,} parameters"
 
     @property
     def shape(self) -> str:
@@ -263,4 +262,7 @@ def _compare(prefix: str, left: object, right: object) -> list[tuple[str, object
     if isinstance(left, dict) and isinstance(right, dict):
         keys = {key: f"{prefix}.{key}" if prefix else key for key in [*left, *right]}
         return [item for key, name in keys.items() for item in _compare(name, left.get(key), right.get(key))]
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):  # of a network's options
+        pairs = enumerate(zip(left, right, strict=True))
+        return [item for at, pair in pairs for item in _compare(f"{prefix}.{at}", *pair)]
     return [] if left == right else [(prefix, left, right)]

@@ -70,6 +70,8 @@ class VerificationReport:
 
 def agreement(certificate: Mapping[str, Any]) -> str:
     """What K v was compared with; records of earlier versions do not say."""
+    if certificate.get("by_formula", False):
+        return "rows at random by the formulas"
     by_backward = certificate.get("by_backward", False)
     return "⟨∇f, Jᵀv⟩ (by backward alone: J u is missing, or of another J)" if by_backward else "J(Jᵀv)"
 
