@@ -308,7 +308,8 @@ def _source(store: Store, arguments: Mapping[str, Any]) -> SampleSource:
     same = ("kind", "groups", "compute_dtype", "accumulate_dtype", "store_dtype", "tile")
     kept = {name: getattr(manifest, name) for name in same if not (is_formula and name == "groups")}
     spec = KernelSpec(parameters=parameters, **kept)
-    request = Request(model, train, test, spec, spec_of(RunSpec, arguments), arguments["forward"])
+    run = spec_of(RunSpec, {**arguments, "device": "cpu"} if is_formula else arguments)
+    request = Request(model, train, test, spec, run, arguments["forward"])
     dtype, cluster = spec.resolved_accumulate_dtype(), (arguments.get("client"), arguments.get("code"))
     resources = find_resources(request.run, dtype, *cluster, arguments["progress"])
     source: FormulaSource | ModelSource

@@ -16,6 +16,7 @@ from ntkpipe.base.grid import Span, default_tile, kernel_grids
 from ntkpipe.base.kinds import INFINITE
 from ntkpipe.base.progress import Ticks
 from ntkpipe.base.resources import format_seconds
+from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import encode
 from ntkpipe.build.formula_strips import CONTRACTION, FormulaEngine, FormulaJob
 from ntkpipe.build.from_samples import SampleSource
@@ -45,6 +46,20 @@ _TIMED_SAMPLES = 512
 _MOST_SECONDS = 24 * 3600.0  # of a run that is not forced
 _SLOW_SECONDS = 20.0  # of a certificate
 _SCAN_BYTES = 32 * 2**20
+
+
+class FormulaPlan(Plan):
+    """The plan of formulas, whose strips hold what the layers need of samples in place of Jacobians."""
+
+    def rows(self) -> TableRows:
+        """See :meth:`Plan.rows`."""
+        own = {
+            "kernels": ", ".join(f"{name} {g.shape[0]:,} × {g.shape[1]:,}" for name, g in self.workload.grids.items())
+            + "; NTK and NNGP of each",
+            "operations": f"{self.flops / 1e9:,.1f} GFLOP, counted",
+        }
+        left_out = ("recompute factor", "Jacobian strips", "forward batch")
+        return [(name, own.get(name, words)) for name, words in super().rows() if name not in left_out]
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,7 @@ class FormulaSource(SampleSource):
         )
         return cls(engine, samples, resources, manifest, is_forced)
 
-    def plan(self, work: Work) -> Plan:
+    def plan(self, work: Work) -> FormulaPlan:
         """How the work is done, with the rate of this machine for these formulas."""
         train, test, tile = self.samples["train"], self.samples.get("test"), self.manifest.tile
         num_test = None if test is None else test.num_samples
@@ -115,7 +130,8 @@ class FormulaSource(SampleSource):
         grids = kernel_grids(train.num_samples, num_test, 1, tile)
         itemsize = np.dtype(self.manifest.store_dtype).itemsize
         workload = Workload(grids, num_test or 0, tile, 1, itemsize, cost, num_groups=1)
-        return self.planned(work, workload, _CPU, rate, None)  # no choice decides any bit
+        found = self.planned(work, workload, _CPU, rate, None)  # no choice decides any bit
+        return FormulaPlan(**{**vars(found), "sample_seconds": cost.jacobian_flops / rate})
 
     def _measured(self) -> tuple[Cost, float]:
         """Costs with the preparation of a sample, and pairs' operations a second, from the first samples."""
@@ -140,7 +156,7 @@ class FormulaSource(SampleSource):
             raise ResourceError(
                 f"this network takes about {format_seconds(seconds)} on {plan.machine.num_workers} workers "
                 f"({1 / plan.machine.flops_per_second * plan.workload.cost.pair_flops:.2g} s a pair of samples); take "
-                "fewer samples, smaller images, Flatten in place of pooling, more workers, or force=True"
+                "fewer samples, smaller images, Flatten in place of pooling, more workers, or force=True (run.force)"
             )
         self.resources.require_medium(work.medium)
         for one in self.samples.values():
