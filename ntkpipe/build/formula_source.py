@@ -207,7 +207,7 @@ class FormulaSource(SampleSource):
 class FormulaProducts(RowProducts):
     """K v in a random row of each row of tiles, so that every tile takes part; random entries by a slow path."""
 
-    precision: ClassVar[float] = 2.5e-12  # relative, of entries by another path
+    by_tolerance = True
     words: ClassVar[Mapping[str, Any]] = {"by_formula": True}
 
     def __init__(self, source: FormulaSource, signs: Vector, progress: bool) -> None:
@@ -284,5 +284,5 @@ def _num_outputs(train: Samples) -> int:
         return 1
     with suppress(ConfigError):  # of what are no labels, which solvers refuse
         if targets.ndim == 1 and targets.dtype.kind != "f":
-            return encode(targets).matrix.shape[1]
+            return int(encode(targets).matrix.shape[1])
     return max(1, int(np.prod(targets.shape[1:])))

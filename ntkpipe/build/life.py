@@ -35,7 +35,7 @@ Products = dict[Key, Vector]
 class RowProducts(Protocol):
     """Every kernel times a vector at a few rows, or summed over some, by gradients of rows alone or by formulas."""
 
-    precision: ClassVar[float] = 0.0  # of rows, beside that of their dtype
+    by_tolerance: ClassVar[bool] = False  # whether rows are few, so that none stands out from the others
     words: ClassVar[Mapping[str, Any]] = {"by_backward": True}  # what a certificate says of them
 
     def bundles(self, split: str) -> NDArray[np.int64]:
