@@ -28,10 +28,13 @@ from ntkpipe.build.tiles import BuildJob, Sink
 from ntkpipe.build.workers import Resources, environment
 from ntkpipe.infinite.networks import Network
 from ntkpipe.jacobian.cost import Cost
+from ntkpipe.jacobian.model.device import SIZES
 from ntkpipe.jacobian.model.samples import Samples, Source, show_samples
 from ntkpipe.store.manifest import FORMAT, Choices, DataRecord, Manifest, SourceRecord
 
 _CPU = torch.device("cpu")
+# Pieces of which both kernels take 16 MiB, in one call.
+_SIZES = replace(SIZES["cpu"], piece_rows=1024, piece_entry_bytes=16, scratch_bytes=16 * 2**20)
 _NNGP = "nngp"  # the group of its plane
 _CONVENTION = (
     "K[i, j] = Theta(x_i, x_j), the NTK of infinitely wide layers z = W_std / sqrt(fan_in) W a + b_std b, W ~ N(0, 1), "
@@ -41,8 +44,8 @@ _CONVENTION = (
     "the sum of products of inputs, as first_layer says. Of O outputs both are K x I_O"
 )
 _TILE_FLOPS = 2e11  # of a tile, at most, where no tile is asked for: decided by counts, so that runs agree
-_TIMED_SECONDS = 0.1
-_TIMED_SAMPLES = 512
+_TIMED_SECONDS, _TIMED_TRIES = 0.5, 3
+_TIMED_SAMPLES, _TIMED_FLOPS = 1024, 2e9  # of a tile that is timed, at most
 _MOST_SECONDS = 24 * 3600.0  # of a run that is not forced
 _SLOW_SECONDS = 20.0  # of a certificate
 _SCAN_BYTES = 32 * 2**20
@@ -56,9 +59,10 @@ class FormulaPlan(Plan):
         own = {
             "kernels": ", ".join(f"{name} {g.shape[0]:,} × {g.shape[1]:,}" for name, g in self.workload.grids.items())
             + "; NTK and NNGP of each",
-            "operations": f"{self.flops / 1e9:,.1f} GFLOP, counted",
+            "operations": f"{self.flops / 1e9:,.1f} GFLOP, {self.jacobian_flops / self.flops:.0%} of them of samples",
+            "recompute factor": f"{self.recompute_factor:.2f} (preparations of a sample)",
         }
-        left_out = ("recompute factor", "Jacobian strips", "forward batch")
+        left_out = ("Jacobian strips", "forward batch")
         return [(name, own.get(name, words)) for name, words in super().rows() if name not in left_out]
 
 
@@ -129,24 +133,26 @@ class FormulaSource(SampleSource):
         cost, rate = self._measured()
         grids = kernel_grids(train.num_samples, num_test, 1, tile)
         itemsize = np.dtype(self.manifest.store_dtype).itemsize
-        workload = Workload(grids, num_test or 0, tile, 1, itemsize, cost, num_groups=1)
+        workload = Workload(grids, num_test or 0, tile, 1, itemsize, cost, num_groups=1, sizes=_SIZES)
         found = self.planned(work, workload, _CPU, rate, None)  # no choice decides any bit
         return FormulaPlan(**{**vars(found), "sample_seconds": cost.jacobian_flops / rate})
 
     def _measured(self) -> tuple[Cost, float]:
-        """Costs with the preparation of a sample, and pairs' operations a second, from the first samples."""
-        net, cost, count = self.engine.net, self.engine.cost, 1
-        while True:
-            (values,) = self.samples["train"].source.read(0, min(count, self.samples["train"].num_samples)).values()
+        """Costs with the preparation of a sample, and operations of pairs a second, from the first samples."""
+        net, cost = self.engine.net, self.engine.cost
+        count = max(1, min(_TIMED_SAMPLES, int((_TIMED_FLOPS / cost.pair_flops) ** 0.5)))
+        (values,) = self.samples["train"].source.read(0, min(count, self.samples["train"].num_samples)).values()
+        values = np.resize(values, (count, *values.shape[1:]))  # products are of padded shapes
+        tries = []
+        while sum(map(sum, tries)) < _TIMED_SECONDS and len(tries) < _TIMED_TRIES:
             start = perf_counter()
             rows = net.prepare(values)
             between = perf_counter()
             net.tile(rows, rows[:])
-            end = perf_counter()
-            if end - between >= _TIMED_SECONDS or count > len(values) or count >= _TIMED_SAMPLES:
-                rate = cost.pair_flops * len(values) ** 2 / (end - between)
-                return replace(cost, jacobian_flops=rate * (between - start) / len(values)), rate
-            count *= 4
+            tries.append((between - start, perf_counter() - between))
+        preparation, contraction = (min(each) for each in zip(*tries, strict=True))
+        rate = cost.pair_flops * count**2 / contraction
+        return replace(cost, jacobian_flops=rate * preparation / count), rate
 
     def settle(self, work: Work) -> "FormulaSource":
         """See :meth:`TileSource.settle`: every sample passes through the layers once."""
