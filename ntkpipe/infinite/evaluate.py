@@ -12,6 +12,7 @@ from ntkpipe.infinite.state import Rows, Spare, State, sliced
 # BLAS sums entries of products of one shape by one thread in one order, wherever they lie and whichever factor is the
 # left one; other shapes and numbers of threads take other ways, whose last bits differ.
 HEIGHT, WIDTH, DEPTH = 256, 1024, 4096
+SPAN = 2048  # columns of a strip, since loops that broadcast begin anew at each row
 STRIP = 16384  # entries of Σ in a strip: 128 KiB
 _BLOCK = 1 << 17  # entries of Σ in a block of pairs of images
 
@@ -20,24 +21,23 @@ def product(left: FloatArray, right: FloatArray, out: FloatArray | None = None) 
     """``left @ right.T``, each entry with bits that depend on its two rows alone; needs a single thread of BLAS."""
     if out is None:
         out = np.empty((len(left), len(right)))
-    part = np.empty((HEIGHT, WIDTH))
+    spare = np.empty((HEIGHT, WIDTH))
     for columns in runs(len(right), WIDTH):
         for depth in runs(left.shape[1], DEPTH):
-            # A copy, since NumPy takes another routine for a matrix times its own transpose.
             second = _padded(right[columns, depth], WIDTH).T
             for rows in runs(len(left), HEIGHT):
                 into = out[rows, columns]
-                np.matmul(_padded(left[rows, depth], HEIGHT), second, out=part)
-                found = part[: into.shape[0], : into.shape[1]]
+                is_whole = into.shape == spare.shape and not depth.start
+                part = np.matmul(_padded(left[rows, depth], HEIGHT), second, out=into if is_whole else spare)
                 if depth.start:
-                    into += found
-                else:
-                    into[...] = found
+                    into += part[: into.shape[0], : into.shape[1]]
+                elif not is_whole:
+                    into[...] = part[: into.shape[0], : into.shape[1]]
     return out
 
 
 def _padded(rows: FloatArray, count: int) -> FloatArray:
-    if len(rows) == count == HEIGHT:
+    if len(rows) == count:
         return rows
     found = np.zeros((count, rows.shape[1]))
     found[: len(rows)] = rows
@@ -75,15 +75,16 @@ def pair_state(left: FloatArray, right: FloatArray, copies: int, scale: float, s
 
 def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, *, copies: int, scale: float, into: FloatArray) -> None:
     """Compute both kernels of samples into (2, n, m); where rows are the columns, blocks below the diagonal are mirrored."""
-    height, width = HEIGHT, WIDTH
+    height, width = HEIGHT, SPAN
     if copies:
         height = width = max(1, int((_BLOCK / prod(rows.samples.shape[1:-1]) ** copies) ** 0.5))
-    spare, block = Spare(), np.empty((HEIGHT, WIDTH))
+    is_symmetric = rows is columns
+    spare, base, block = Spare(), Spare(), np.empty(0 if copies else (min(len(rows), HEIGHT), min(len(columns), SPAN)))
     for at in runs(len(rows), height):
-        left = rows[at]
-        for across in runs(len(columns), width):
-            if rows is columns and across.stop <= at.start:
-                continue
+        left, first = rows[at], at.start if is_symmetric else 0
+        strips = [(run, sliced(left.kept, run)) for run in runs(len(left), STRIP // SPAN)]
+        for across in runs(len(columns) - first, width):
+            across = slice(first + across.start, first + across.stop)
             right, found = columns[across], into[:, at, across]
             if copies:
                 state = pair_state(left.samples, right.samples, copies, scale, spare)
@@ -91,11 +92,11 @@ def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, *, copies: int, sca
                 found[0], found[1] = state.s, state.theta
             else:
                 s = product(left.samples, right.samples, block[: len(left), : len(right)])
-                for run in runs(len(left), max(1, STRIP // len(right))):
-                    state = State(*spare.first(2, s[run].shape), is_own=False, fan_in=rows.samples.shape[1], spare=spare)
+                for run, kept in strips:
+                    state = State(*base.arrays(2, s[run].shape), is_own=False, fan_in=rows.samples.shape[1], spare=spare)
                     np.multiply(s[run], scale, out=state.s)
                     state.theta.fill(0.0)
-                    through(layers, state, sliced(left.kept, run), right.kept)
+                    through(layers, state, kept, right.kept)
                     found[0, run], found[1, run] = state.s, state.theta
-            if rows is columns:
+            if is_symmetric:
                 into[:, across, at] = found.swapaxes(1, 2)

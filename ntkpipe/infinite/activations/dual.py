@@ -12,7 +12,7 @@ class Dual(ABC):
     name: str  # with its parameter, as in "leaky_relu:0.1"
 
     @abstractmethod
-    def keep(self, p: FloatArray) -> Kept:
+    def keep(self, p: FloatArray, gain: float) -> Kept:
         """What pairs need of variances p: arrays that begin with the axes of p."""
 
     @abstractmethod
