@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ntkpipe.base.errors import ConfigError, DataError, NonFiniteError, NtkpipeError, ResourceError
 from ntkpipe.base.grid import Span, default_tile, kernel_grids
 from ntkpipe.base.kinds import INFINITE
+from ntkpipe.base.paths import said
 from ntkpipe.base.progress import Ticks
 from ntkpipe.base.resources import format_seconds
 from ntkpipe.base.tables import TableRows
@@ -134,16 +135,20 @@ class FormulaSource(SampleSource):
         grids = kernel_grids(train.num_samples, num_test, 1, tile)
         itemsize = np.dtype(self.manifest.store_dtype).itemsize
         workload = Workload(grids, num_test or 0, tile, 1, itemsize, cost, num_groups=1, sizes=_SIZES)
-        found = self.planned(work, workload, _CPU, rate, None)  # no choice decides any bit
+        cluster, source = self.resources.cluster, self
+        if cluster is not None:  # whose workers measured matrix products
+            resources = replace(self.resources, cluster=replace(cluster, flops_per_second=rate))
+            source = replace(self, resources=resources)
+        found = source.planned(work, workload, _CPU, rate, None)  # no choice decides any bit
         return FormulaPlan(**{**vars(found), "sample_seconds": cost.jacobian_flops / rate})
 
     def _measured(self) -> tuple[Cost, float]:
         """Costs with the preparation of a sample, and operations of pairs a second, from the first samples."""
         net, cost = self.engine.net, self.engine.cost
         count = max(1, min(_TIMED_SAMPLES, int((_TIMED_FLOPS / cost.pair_flops) ** 0.5)))
-        (values,) = self.samples["train"].source.read(0, min(count, self.samples["train"].num_samples)).values()
-        values = np.resize(values, (count, *values.shape[1:]))  # products are of padded shapes
-        tries = []
+        count = min(count, self.samples["train"].num_samples)
+        (values,) = self.samples["train"].source.read(0, count).values()
+        tries: list[tuple[float, float]] = []
         while sum(map(sum, tries)) < _TIMED_SECONDS and len(tries) < _TIMED_TRIES:
             start = perf_counter()
             rows = net.prepare(values)
@@ -172,8 +177,9 @@ class FormulaSource(SampleSource):
                     try:
                         self.engine.net.prepare(values)
                     except NtkpipeError as error:
-                        error.add_note(f"of {one.label} {span.start}:{span.stop}")
-                        raise
+                        if span.start == 0:
+                            raise
+                        raise type(error)(f"{said(error)} (samples of {one.label} from {span.start} on)") from error
         where = self.resources.where_computed(_CPU)
         choices = plan.choices({}, *where) if work.existing is None else work.existing.manifest.choices
         return replace(self, settled=plan, manifest=self.manifest.model_copy(update={"choices": choices}))

@@ -162,7 +162,7 @@ def test_another_network_is_refused_with_the_option_that_differs(made, changes, 
 
 
 def test_networks_and_models_are_not_taken_for_each_other(tmp_path, made):
-    with pytest.raises(StoreMismatchError, match="was made of a network of infinite width, and Sequential was given"):
+    with pytest.raises(StoreMismatchError, match="was made of 5 layers of infinite width, and Sequential was given"):
         ntkpipe.verify(made, mlp())
     with pytest.raises(StoreMismatchError, match="model"):
         compute(made)
@@ -170,7 +170,7 @@ def test_networks_and_models_are_not_taken_for_each_other(tmp_path, made):
     with pytest.raises(StoreMismatchError, match="43 parameters, and FullyConnected was given"):
         ntkpipe.verify(tmp_path / "model", NETWORK)
     with pytest.raises(ConfigError, match="compute_infinite_kernel alone"):
-        compute(tmp_path / "other", kind="infinite")
+        compute(tmp_path / "other", kind="infinite_ntk")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_networks_and_models_are_not_taken_for_each_other(tmp_path, made):
         ({"inputs": np.where(np.arange(72).reshape(18, 4) == 21, np.inf, TRAIN)}, NonFiniteError, "sample 5"),
         ({"inputs": np.where(np.arange(72).reshape(18, 4) == 21, np.nan, TRAIN)}, NonFiniteError, "sample 5"),
         ({"inputs": TRAIN + 1j}, DataError, "complex"),
-        ({"net": replace(NETWORK, activation="relu", W_std=1e60, hidden=4)}, ConfigError, "layer 7 of 9"),
+        ({"net": replace(NETWORK, activation="relu", W_std=1e60, hidden=4)}, ConfigError, r"layer \d of 9"),
         ({"test_inputs": TEST[:, :3]}, DataError, r"\(3,\)"),
     ],
 )
@@ -226,5 +226,5 @@ def test_solvers_analyses_and_reports_work_on_it(store, tmp_path):
     assert {"model", "source"} <= {name.partition(".")[0] for name in compared.differs}
     report = ntkpipe.write_report(kept, tmp_path / "page.html")
     page = Path(report.path).read_text()
-    assert "a network of infinite width" in page
+    assert "5 layers of infinite width" in page
     assert "how their Jacobians were held" not in page
