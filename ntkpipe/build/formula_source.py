@@ -96,6 +96,8 @@ class FormulaSource(SampleSource):
         """What is asked for; ``look`` finds the records of samples."""
         net, train, test, spec = as_network(request.model), request.train, request.test, request.kernel
         network = json.loads(json.dumps(net.canonical()))
+        if resources.client is not None:
+            resources.require_model(net)
         samples = {"train": train} | ({} if test is None else {"test": test})
         for one in samples.values():
             if one.is_mapping:
