@@ -1,6 +1,6 @@
 """Tiles of a network's kernels: products of inputs of one fixed shape, then layers on strips that stay in cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 
 import numpy as np
@@ -74,7 +74,7 @@ def pair_state(left: FloatArray, right: FloatArray, copies: int, scale: float, s
 
 
 def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, *, copies: int, scale: float, into: FloatArray) -> None:
-    """Compute both kernels of samples into (2, n, m); where rows are the columns, blocks below the diagonal are mirrored."""
+    """Compute both kernels of samples into (2, n, m); where rows are the columns, what is below the diagonal is copied."""
     height, width = HEIGHT, SPAN
     if copies:
         height = width = max(1, int((_BLOCK / prod(rows.samples.shape[1:-1]) ** copies) ** 0.5))
@@ -93,7 +93,8 @@ def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, *, copies: int, sca
             else:
                 s = product(left.samples, right.samples, block[: len(left), : len(right)])
                 for run, kept in strips:
-                    state = State(*base.arrays(2, s[run].shape), is_own=False, fan_in=rows.samples.shape[1], spare=spare)
+                    arrays, features = base.arrays(2, s[run].shape), rows.samples.shape[1]
+                    state = State(*arrays, is_own=False, fan_in=features, spare=spare)
                     np.multiply(s[run], scale, out=state.s)
                     state.theta.fill(0.0)
                     through(layers, state, kept, right.kept)

@@ -16,7 +16,8 @@ from ntkpipe.base.errors import ConfigError, DataError
 from ntkpipe.base.given import as_real
 from ntkpipe.infinite.activations.catalogue import Given
 from ntkpipe.infinite.evaluate import HEIGHT, fill, own_state
-from ntkpipe.infinite.layers import Activation, Dense, Layer, Parametrisation, advanced
+from ntkpipe.infinite.layers import Activation, Dense, Layer, Parametrisation, Settled, advanced, require_layers
+from ntkpipe.infinite.slow import slow
 from ntkpipe.infinite.state import Kept, Rows, State, size_of
 
 FirstLayer = Literal["mean", "sum"]
@@ -84,8 +85,9 @@ class Network(ABC):
         return rows.nngp, rows.ntk
 
     def slow(self, x: NDArray[Any], y: NDArray[Any]) -> tuple[float, float]:
-        """NNGP and NTK of one pair by another path."""
-        raise NotImplementedError
+        """NNGP and NTK of one pair by another path: numbers of Python, sums without rounding, angles of two sides."""
+        first, second = (self._entered(np.asarray(each)[None])[0] for each in (x, y))
+        return slow(self.layers, first, second, self.enters)
 
     def operations(self, shape: Sequence[int]) -> float:
         """Counted operations of a pair of samples of a shape."""
@@ -94,7 +96,7 @@ class Network(ABC):
 
     def row_bytes(self, shape: Sequence[int]) -> int:
         """Bytes of :class:`Rows` a sample."""
-        rows = self.prepare(np.zeros((1, *shape)))
+        rows = self.prepare(np.ones((1, *shape)))
         return rows.samples.nbytes + size_of(rows.kept) + 16
 
     def _entered(self, samples: NDArray[Any]) -> FloatArray:
@@ -131,15 +133,19 @@ def _joined(parts: list[Kept]) -> Kept:
 
 
 @dataclass(frozen=True)
-class Sequential(Network):
-    """Layers in order."""
+class Sequential(Settled, Network):
+    """Layers in order, such as ``[Dense(), Activation("relu"), Dense()]``; ``first_layer="sum"``: x·x' is no mean."""
 
     steps: tuple[Layer, ...]
     first_layer: FirstLayer = "mean"
 
     def __init__(self, layers: Sequence[Layer], first_layer: FirstLayer = "mean") -> None:
+        require_layers(layers, "Sequential()")
         object.__setattr__(self, "steps", tuple(layers))
         object.__setattr__(self, "first_layer", first_layer)
+        self.__post_init__()
+        if not self.steps:
+            raise ConfigError("Sequential() without layers; needed at least one")
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -153,18 +159,64 @@ class Sequential(Network):
 
 
 @dataclass(frozen=True)
-class FullyConnected(Network):
-    """Dense layers with an activation between any two."""
+class FullyConnected(Settled, Network):
+    """Dense layers with an activation between any two; W_std and b_std are numbers, or hidden + 1 of them.
+
+    ``b_std=None`` is no bias. ``bias_init`` is τ: biases start as N(0, τ²), and with 0 at zero, but are trained.
+    ``trained`` is ``"last"`` where Θ is that of the last layer alone, or numbers of layers from 1 to hidden + 1.
+    """
 
     hidden: int = 1
     activation: Given | Activation = "relu"
-    W_std: float | tuple[float, ...] = 1.0
-    b_std: float | tuple[float | None, ...] | None = None
+    W_std: float | Sequence[float] = 1.0
+    b_std: float | Sequence[float | None] | None = None
     bias_init: float = 1.0
     first_layer: FirstLayer = "mean"
     parametrisation: Parametrisation = "ntk"
-    widths: tuple[int, ...] | None = None
-    trained: Literal["all", "last"] | frozenset[int] = "all"
+    widths: Sequence[int] | None = None
+    trained: Literal["all", "last"] | Sequence[int] = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, count in (("W_std", self.hidden + 1), ("b_std", self.hidden + 1), ("widths", self.hidden)):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != count:
+                raise ConfigError(f"FullyConnected(): {len(value)} of {name}; needed {count} for hidden={self.hidden}")
+        if self.parametrisation == "standard" and self.widths is None:
+            raise ConfigError("FullyConnected(): the standard parametrisation needs widths= of the hidden layers")
+        if not isinstance(self.trained, str) and not set(self.trained) <= set(range(1, self.hidden + 2)):
+            raise ConfigError(f"FullyConnected(): trained={self.trained}; needed numbers from 1 to {self.hidden + 1}")
+        assert self.layers  # which checks their options
+
+    @classmethod
+    def jacot(cls, hidden: int, beta: float = 0.1, activation: Given | Activation = "relu") -> "FullyConnected":
+        """The networks of Jacot, Gabriel, Hongler 2018, of L = hidden + 1: W = 1, b = β."""
+        return cls(hidden, activation, 1.0, beta)
+
+    @classmethod
+    def lee(
+        cls,
+        hidden: int,
+        W_std: float = 1.5,  # noqa: N803
+        b_std: float = 0.05,
+        activation: Given | Activation = "erf",
+    ) -> "FullyConnected":
+        """Those of Lee et al. 2019, with the numbers of their figures."""
+        return cls(hidden, activation, W_std, b_std)
+
+    @classmethod
+    def arora(cls, hidden: int) -> "FullyConnected":
+        """Those of Arora et al. 2019 (1904.11955, Eqs. 7 to 9): ReLU, no bias, Σ⁰ = x·x', c_σ = 2."""
+        return cls(hidden, "relu", (1.0, *(2.0**0.5,) * hidden), first_layer="sum")
+
+    @classmethod
+    def scikit_ntk(cls, depth: int, bias: float = 0.1) -> "FullyConnected":
+        """``NeuralTangentKernel(depth, bias)`` of scikit-ntk, which divides by (depth + 1)(bias² + 1)."""
+        # A factor of the last layer's W² and b² is one of both kernels.
+        last = ((depth + 1) * (bias**2 + 1.0)) ** -0.5
+        weights, biases = (1.0, *(2.0**0.5,) * depth), (bias,) * (depth + 1)
+        scaled = ((*each[:-1], each[-1] * last) for each in (weights, biases))
+        return cls(depth, "relu", *scaled, bias_init=0.0, first_layer="sum")
 
     @property
     def enters(self) -> FirstLayer:
@@ -174,14 +226,16 @@ class FullyConnected(Network):
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers, in order."""
-        count = self.hidden + 1
+        count, act = self.hidden + 1, self.activation
         weights = self.W_std if isinstance(self.W_std, tuple) else (self.W_std,) * count
         biases = self.b_std if isinstance(self.b_std, tuple) else (self.b_std,) * count
-        trained = {"all": range(count), "last": (count - 1,)}.get(self.trained, self.trained)  # type: ignore[call-overload]
-        act = self.activation if isinstance(self.activation, Activation) else Activation(self.activation)
+        every = range(count if self.trained == "last" else 1, count + 1)
+        trained = self.trained if isinstance(self.trained, tuple) else every
+        act = act if isinstance(act, Activation) else Activation(act)
         found: list[Layer] = []
-        for at in range(count):
-            width = (*self.widths, None)[at] if self.widths else None
-            weight, bias = weights[at], biases[at]
-            found += [Dense(weight, bias, self.bias_init, at in trained, self.parametrisation, width), act]
+        for at, width in enumerate((*(self.widths or (None,) * self.hidden), None)):
+            found += [
+                Dense(weights[at], biases[at], self.bias_init, at + 1 in trained, self.parametrisation, width),
+                act,
+            ]
         return tuple(found[:-1])

@@ -1,4 +1,4 @@
-"""Any activation, by its series in Hermite polynomials with a bound on what is left out, and elsewhere by quadrature."""
+"""Any activation, by its Hermite series with a bound on what is left out, and elsewhere by quadrature."""
 
 import math
 from collections.abc import Callable
@@ -81,8 +81,8 @@ class Series(Dual):
             else "if it or its derivative has kinks, declare where, kinks=(0.0,)"
         )
         raise ConfigError(
-            f"activation {self.name!r} at variance {p:.3g}: integrals do not converge to {_AGREES:g} (the last two rules "
-            f"differ by {gaps[0]:.1e}); {advice}; if it is steep for such a variance, use smaller W_std, b_std or inputs"
+            f"activation {self.name!r} at variance {p:.3g}: integrals do not converge to {_AGREES:g} (two rules differ by "
+            f"{gaps[0]:.1e}); {advice}; if it is steep for such a variance, give smaller W_std, b_std or inputs"
         )
 
     def _gaps(self, p: float, step: float) -> list[float]:
