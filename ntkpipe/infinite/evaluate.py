@@ -74,7 +74,7 @@ def pair_state(left: FloatArray, right: FloatArray, copies: int, scale: float, s
 
 
 def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, *, copies: int, scale: float, into: FloatArray) -> None:
-    """Compute both kernels of samples into (2, n, m); where rows are the columns, what is below the diagonal is copied."""
+    """Compute both kernels of samples into (2, n, m); where rows are the columns, what is below the diagonal is a copy."""
     height, width = HEIGHT, SPAN
     if copies:
         height = width = max(1, int((_BLOCK / prod(rows.samples.shape[1:-1]) ** copies) ** 0.5))
@@ -93,8 +93,8 @@ def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, *, copies: int, sca
             else:
                 s = product(left.samples, right.samples, block[: len(left), : len(right)])
                 for run, kept in strips:
-                    arrays, features = base.arrays(2, s[run].shape), rows.samples.shape[1]
-                    state = State(*arrays, is_own=False, fan_in=features, spare=spare)
+                    first_s, first_theta = base.arrays(2, s[run].shape)
+                    state = State(first_s, first_theta, is_own=False, fan_in=left.samples.shape[1], spare=spare)
                     np.multiply(s[run], scale, out=state.s)
                     state.theta.fill(0.0)
                     through(layers, state, kept, right.kept)

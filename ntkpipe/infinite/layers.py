@@ -22,7 +22,7 @@ class Settled:
 
     def __post_init__(self) -> None:
         given = {each.name: getattr(self, each.name) for each in fields(self) if each.init}  # type: ignore[arg-type]
-        for name, value in check_options(options_of(type(self)), given, f"{type(self).__name__}()").items():
+        for name, value in check_options(options_of(self.__class__), given, f"{type(self).__name__}()").items():
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
 
 

@@ -92,7 +92,7 @@ class Network(ABC):
     def operations(self, shape: Sequence[int]) -> float:
         """Counted operations of a pair of samples of a shape."""
         size = prod(shape[1:]) ** self.copies(shape)
-        return 2.0 * shape[0] * size + sum(layer.operations(size) for layer in self.layers)
+        return sum((layer.operations(size) for layer in self.layers), 2.0 * shape[0] * size)
 
     def row_bytes(self, shape: Sequence[int]) -> int:
         """Bytes of :class:`Rows` a sample."""
@@ -215,8 +215,8 @@ class FullyConnected(Settled, Network):
         # A factor of the last layer's W² and b² is one of both kernels.
         last = ((depth + 1) * (bias**2 + 1.0)) ** -0.5
         weights, biases = (1.0, *(2.0**0.5,) * depth), (bias,) * (depth + 1)
-        scaled = ((*each[:-1], each[-1] * last) for each in (weights, biases))
-        return cls(depth, "relu", *scaled, bias_init=0.0, first_layer="sum")
+        weights, biases = ((*each[:-1], each[-1] * last) for each in (weights, biases))
+        return cls(depth, "relu", weights, biases, bias_init=0.0, first_layer="sum")
 
     @property
     def enters(self) -> FirstLayer:
@@ -227,8 +227,7 @@ class FullyConnected(Settled, Network):
     def layers(self) -> tuple[Layer, ...]:
         """The layers, in order."""
         count, act = self.hidden + 1, self.activation
-        weights = self.W_std if isinstance(self.W_std, tuple) else (self.W_std,) * count
-        biases = self.b_std if isinstance(self.b_std, tuple) else (self.b_std,) * count
+        weights, biases = ([*each] if isinstance(each, tuple) else [each] * count for each in (self.W_std, self.b_std))
         every = range(count if self.trained == "last" else 1, count + 1)
         trained = self.trained if isinstance(self.trained, tuple) else every
         act = act if isinstance(act, Activation) else Activation(act)

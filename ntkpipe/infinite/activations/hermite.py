@@ -81,7 +81,7 @@ class Series(Dual):
             else "if it or its derivative has kinks, declare where, kinks=(0.0,)"
         )
         raise ConfigError(
-            f"activation {self.name!r} at variance {p:.3g}: integrals do not converge to {_AGREES:g} (two rules differ by "
+            f"activation {self.name!r} at variance {p:.3g}: integrals do not converge to {_AGREES:g} (rules differ by "
             f"{gaps[0]:.1e}); {advice}; if it is steep for such a variance, give smaller W_std, b_std or inputs"
         )
 
@@ -97,7 +97,7 @@ class Series(Dual):
                 terms = self._values(function, math.sqrt(p) * nodes) ** 2 * weights
                 sums = [float(terms[:: 2**at].sum()) * 2**at for at in range(6)]
             found.append([abs(other - sums[0]) / max(sums[0], 1e-300) for other in sums[1:]])
-        return np.max(found, axis=0).tolist()
+        return [max(pair) for pair in zip(*found, strict=True)]
 
     def _square(self, function: Function, p: float, nodes: FloatArray, weights: FloatArray) -> float:
         return float((self._values(function, math.sqrt(p) * nodes) ** 2 * weights).sum())
