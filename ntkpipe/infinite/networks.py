@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.errors import ConfigError, DataError
 from ntkpipe.base.given import as_real
+from ntkpipe.infinite import images
 from ntkpipe.infinite.activations.catalogue import Given
 from ntkpipe.infinite.evaluate import EDGE, fill, own_state
 from ntkpipe.infinite.layers import Activation, Dense, Layer, Parametrisation
-from ntkpipe.infinite.state import Kept, Rows, size_of
+from ntkpipe.infinite.state import Kept, Rows, State, size_of
 
 FirstLayer = Literal["mean", "sum"]
 
@@ -38,24 +39,32 @@ class Network(ABC):
         """All options that decide numbers, as JSON has them; raises ConfigError where functions have no name."""
         return {"first_layer": self.enters, "layers": [layer.canonical() for layer in self.layers]}
 
-    def copies(self, shape: Sequence[int]) -> int:
-        """Copies of pixel axes that pairs of samples need: none, one (a pixel with itself), or two."""
-        if len(shape) == 1:
-            return 0
-        return 2 if any(getattr(layer, "mixes_pixels", False) for layer in self.layers) else 1
+    def _sizes(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
+        """Heights and widths before each layer, of samples of a shape; raises ConfigError for what does not fit."""
+        found = [tuple(shape[1:])]
+        for number, layer in enumerate(self.layers):
+            try:
+                found.append(layer.sizes(found[-1]))
+            except ConfigError as error:
+                raise ConfigError(f"{self._named(number)}: {error}") from None
+        if found.pop():
+            raise ConfigError("the network ends with pixels; needed Flatten or GlobalAveragePool before its last layer")
+        return found
+
+    def _named(self, number: int) -> str:
+        return f"layer {number + 1} of {len(self.layers)} ({self.layers[number].prints()})"
 
     def prepare(self, samples: NDArray[Any]) -> Rows:
         """Check samples, and find their own covariances after each layer."""
         values = self._entered(samples)
-        copies, kept, nngp, ntk = self.copies(values.shape[1:]), [], [], []
-        for run in runs(len(values), EDGE if copies < 2 else 1):
-            state, parts = own_state(values[run], copies), []
+        self._sizes((values.shape[-1], *values.shape[1:-1]))
+        kept, nngp, ntk = [], [], []
+        for run in runs(len(values), images.pairs_at_once(self.layers, values) if values.ndim > 2 else EDGE):
+            state, parts = own_state(self.layers, values[run]), []
             for number, layer in enumerate(self.layers):
                 with np.errstate(over="ignore", invalid="ignore"):
                     parts.append(layer.advance(state))
-                self._require_finite(state.s, state.theta, number, run.start)
-            if state.s.ndim > 1:
-                raise ConfigError(f"the network ends with pixels {state.s.shape[1:]}; needed Flatten or GlobalAveragePool")
+                self._require_finite(state, number, run.start)
             kept.append(tuple(parts))
             nngp.append(state.s)
             ntk.append(state.theta)
@@ -64,7 +73,7 @@ class Network(ABC):
     def tile(self, rows: Rows, columns: Rows) -> tuple[FloatArray, FloatArray]:
         """NNGP and NTK of samples, (n, m) each; of a symmetric tile give the same object twice."""
         nngp, ntk = np.empty((2, len(rows), len(columns)))
-        fill(self.layers, rows, columns, self.copies(rows.samples.shape[1:]), nngp, ntk)
+        fill(self.layers, rows, columns, nngp, ntk)
         return nngp, ntk
 
     def diagonal(self, rows: Rows) -> tuple[FloatArray, FloatArray]:
@@ -77,8 +86,10 @@ class Network(ABC):
 
     def operations(self, shape: Sequence[int]) -> float:
         """Counted operations of a pair of samples of a shape."""
-        size = prod(shape[1:]) ** self.copies(shape)
-        return 2.0 * shape[0] * size + sum(layer.operations(size) for layer in self.layers)
+        copies = 2 if images.pools_of(self.layers) else 1
+        entries = [prod(sizes) ** copies for sizes in self._sizes(shape)]
+        layers = sum(layer.operations(count) for layer, count in zip(self.layers, entries, strict=True))
+        return 2.0 * shape[0] * entries[0] + layers
 
     def row_bytes(self, shape: Sequence[int]) -> int:
         """Bytes of :class:`Rows` a sample."""
@@ -98,13 +109,13 @@ class Network(ABC):
         scale = values.shape[-1] ** -0.5 if self.enters == "mean" else 1.0
         return np.ascontiguousarray(values * scale)
 
-    def _require_finite(self, s: FloatArray, theta: FloatArray, number: int, first: int) -> None:
-        for name, values in (("covariance", s), ("tangent kernel", theta)):
-            bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    def _require_finite(self, state: State, number: int, first: int) -> None:
+        for name, values in (("covariance", state.s), ("tangent kernel", state.theta)):
+            bad = ~np.isfinite(state.by_sample(values)).all(axis=1)
             if bad.any():
-                sample, layer = first + int(np.argmax(bad)), self.layers[number].prints()
+                sample = first + int(np.argmax(bad))
                 raise ConfigError(
-                    f"layer {number + 1} of {len(self.layers)} ({layer}): the {name} of sample {sample} with itself "
+                    f"{self._named(number)}: the {name} of sample {sample} with itself "
                     "leaves the range of float64; give smaller W_std, b_std or inputs, or fewer layers"
                 )
 
@@ -112,7 +123,9 @@ class Network(ABC):
 def _joined(parts: list[Kept]) -> Kept:
     first = parts[0]
     return tuple(
-        _joined([each[at] for each in parts]) if isinstance(one, tuple) else np.concatenate([each[at] for each in parts])
+        _joined([each[at] for each in parts])
+        if isinstance(one, tuple)
+        else np.concatenate([each[at] for each in parts])
         for at, one in enumerate(first)
     )
 
