@@ -113,7 +113,5 @@ class GlobalAveragePool(Layer):
 
 def _pixels(sizes: tuple[int, ...]) -> tuple[int, ...]:
     if not sizes:
-        raise ConfigError(
-            "samples have no pixels here; needed images (n, C, H, W), and no Flatten or pool of all before"
-        )
+        raise ConfigError("there are no pixels here; needed images (n, C, H, W), and Flatten only after it")
     return sizes

@@ -16,6 +16,7 @@ from ntkpipe.infinite import images
 from ntkpipe.infinite.activations.catalogue import Given
 from ntkpipe.infinite.evaluate import EDGE, fill, own_state
 from ntkpipe.infinite.layers import Activation, Dense, Layer, Parametrisation
+from ntkpipe.infinite.slow import slow
 from ntkpipe.infinite.state import Kept, Rows, State, size_of
 
 FirstLayer = Literal["mean", "sum"]
@@ -81,8 +82,8 @@ class Network(ABC):
         return rows.nngp, rows.ntk
 
     def slow(self, x: NDArray[Any], y: NDArray[Any]) -> tuple[float, float]:
-        """NNGP and NTK of one pair by another path."""
-        raise NotImplementedError
+        """NNGP and NTK of one pair by another path: entry by entry in scalars, of samples as they are given."""
+        return slow(self.layers, np.asarray(x, np.float64), np.asarray(y, np.float64), is_mean=self.enters == "mean")
 
     def operations(self, shape: Sequence[int]) -> float:
         """Counted operations of a pair of samples of a shape."""
