@@ -1,14 +1,16 @@
 """Layers on pixels: convolutions and pools (Novak et al. 2019, arXiv 1810.05148; Garriga-Alonso et al. 2019)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.given import plain_value
 from ntkpipe.infinite.images import Images
 from ntkpipe.infinite.layers import Dense, Layer
-from ntkpipe.infinite.pixels import Axis, Padding, axis_of, pool_sum, total_sum, window_sum
+from ntkpipe.infinite.pixels import PADDINGS, Axis, Padding, axis_of, pool_sum, total_sum, window_sum
 from ntkpipe.infinite.state import Kept, State
 
 Pair = int | tuple[int, int]
@@ -17,6 +19,16 @@ Pair = int | tuple[int, int]
 def as_pair(value: Pair) -> tuple[int, int]:
     """One number for height and width, or both."""
     return value if isinstance(value, tuple) else (value, value)
+
+
+def _settle_pairs(layer: Layer, *names: str) -> None:
+    """Make options of a layer pairs of positive integers, or raise ConfigError."""
+    for name in names:
+        given = plain_value(getattr(layer, name))
+        pair = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given, given)
+        if len(pair) != 2 or not all(isinstance(one, int) and not isinstance(one, bool) and one >= 1 for one in pair):
+            raise ConfigError(f"{layer.prints()}: {name}={given!r}; needed an integer from 1 on, or one for height and width")
+        object.__setattr__(layer, name, pair)
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,13 @@ class Conv(Dense):
     filter: Pair = 3
     strides: Pair = 1
     padding: Padding = "same"
+
+    def __post_init__(self) -> None:
+        _settle_pairs(self, "filter", "strides")
+        is_number = isinstance(self.padding, int) and not isinstance(self.padding, bool) and self.padding >= 0
+        if not (is_number or self.padding in PADDINGS):
+            names = ", ".join(map(repr, PADDINGS))
+            raise ConfigError(f"Conv: padding={self.padding!r}; needed {names}, or a number of zeros on either side")
 
     def apply(self, state: State, left: Kept, right: Kept) -> None:
         """See :meth:`Layer.apply`; Σ̇ was multiplied in before, by the activation."""
@@ -66,6 +85,11 @@ class AveragePool(Layer):
     window: Pair = 2
     strides: Pair | None = None  # default the window
 
+    def __post_init__(self) -> None:
+        if self.strides is None:
+            object.__setattr__(self, "strides", self.window)
+        _settle_pairs(self, "window", "strides")
+
     def apply(self, state: State, left: Kept, right: Kept) -> None:
         """See :meth:`Layer.apply`: the mean over all pairs of pixels of two windows."""
         assert isinstance(state, Images)
@@ -76,8 +100,7 @@ class AveragePool(Layer):
         )
 
     def _axes(self, sizes: tuple[int, ...]) -> tuple[Axis, Axis]:
-        windows = as_pair(self.window)
-        strides = windows if self.strides is None else as_pair(self.strides)
+        windows, strides = as_pair(self.window), as_pair(self.strides or self.window)
         height, width = (axis_of(*each, "valid") for each in zip(sizes, windows, strides, strict=True))
         return height, width
 

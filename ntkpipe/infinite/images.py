@@ -59,13 +59,16 @@ class Images(State):
         """See :meth:`State.by_sample`."""
         return values.reshape(-1, values.shape[-1]).T
 
-    def flatten(self) -> None:
+    def flatten(self, *, is_mean: bool) -> None:
         """See :meth:`State.flatten`."""
         if not self.copies:
             return
         area = prod(self.s.shape[:2])
         axes = "ab...->ab..." if self.copies == 1 else "abab...->ab..."
-        self.s, self.theta = (total_sum(np.einsum(axes, each)) / area for each in (self.s, self.theta))
+        self.s, self.theta = (total_sum(np.einsum(axes, each)) for each in (self.s, self.theta))
+        if is_mean:
+            self.s /= area
+            self.theta /= area
         self.fan_in *= area
 
 

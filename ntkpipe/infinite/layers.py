@@ -191,9 +191,11 @@ class LayerNorm(Layer):
 class Flatten(Layer):
     """Pixels become features: the mean over pixels with themselves."""
 
+    is_mean: bool = True  # or the sum
+
     def apply(self, state: State, left: Kept, right: Kept) -> None:
         """See :meth:`Layer.apply`; nothing where there are no pixels."""
-        state.flatten()
+        state.flatten(is_mean=self.is_mean)
 
     def sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         """See :meth:`Layer.sizes`."""

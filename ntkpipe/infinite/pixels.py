@@ -14,7 +14,8 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.infinite.state import Spare
 
-Padding = int | str  # "same", "valid", "circular", or a number of zeros on either side
+PADDINGS = ("same", "valid", "circular")
+Padding = int | str  # one of these, or a number of zeros on either side
 Run = tuple[slice, slice]  # outputs, and the inputs that they read
 
 

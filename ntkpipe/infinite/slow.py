@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ntkpipe.infinite.convolution import AveragePool, Conv, GlobalAveragePool, Pair, as_pair
+from ntkpipe.infinite.convolution import AveragePool, Conv, GlobalAveragePool, as_pair
 from ntkpipe.infinite.layers import Activation, Dense, Flatten, Layer, LayerNorm, Residual
 from ntkpipe.infinite.pixels import Padding
 
@@ -69,12 +69,13 @@ def _after(layer: Layer, below: Entries) -> Entries:
             return _dense(layer, below)
         case Flatten():
             area = math.prod(below.sizes)
-            return Entries(
-                lambda i, j, *_: _mean([below.at(i, j, a, a) for a in below.pixels()]), (), below.fan_in * area
-            )
+            count = area if layer.is_mean else 1
+            at = cache(lambda i, j, *_: _mean([below.at(i, j, a, a) for a in below.pixels()], count))
+            return Entries(at, (), below.fan_in * area)
         case GlobalAveragePool():
             both = list(product(below.pixels(), repeat=2))
-            return Entries(lambda i, j, *_: _mean([below.at(i, j, a, b) for a, b in both]), (), below.fan_in)
+            at = cache(lambda i, j, *_: _mean([below.at(i, j, a, b) for a, b in both], len(both)))
+            return Entries(at, (), below.fan_in)
         case AveragePool():
             return _pooled(layer, below)
     raise NotImplementedError(type(layer).__name__)
@@ -84,9 +85,9 @@ def _sum(parts: list[tuple[float, float]]) -> tuple[float, float]:
     return math.fsum(s for s, _ in parts), math.fsum(theta for _, theta in parts)
 
 
-def _mean(parts: list[tuple[float, float]], count: int | None = None) -> tuple[float, float]:
+def _mean(parts: list[tuple[float, float]], count: int) -> tuple[float, float]:
     s, theta = _sum(parts)
-    return s / (count or len(parts)), theta / (count or len(parts))
+    return s / count, theta / count
 
 
 def _activated(layer: Activation, below: Entries, i: int, j: int, a: Pixel, b: Pixel) -> tuple[float, float]:
@@ -144,9 +145,7 @@ def _padded(size: int, window: int, stride: int, padding: Padding) -> tuple[int,
 
 
 def _pooled(layer: AveragePool, below: Entries) -> Entries:
-    windows = as_pair(layer.window)
-    strides: Pair = windows if layer.strides is None else layer.strides
-    steps = as_pair(strides)
+    windows, steps = as_pair(layer.window), as_pair(layer.strides or layer.window)
     sizes = tuple(len(range(0, n - k + 1, s)) for n, k, s in zip(below.sizes, windows, steps, strict=True))
 
     def window(pixel: Pixel) -> list[Pixel]:
@@ -154,6 +153,6 @@ def _pooled(layer: AveragePool, below: Entries) -> Entries:
         return list(product(*(range(at * step, at * step + size) for at, step, size in sides)))
 
     def at(i: int, j: int, a: Pixel, b: Pixel) -> tuple[float, float]:
-        return _mean([below.at(i, j, u, v) for u in window(a) for v in window(b)])
+        return _mean([below.at(i, j, u, v) for u in window(a) for v in window(b)], math.prod(windows) ** 2)
 
     return Entries(cache(at), sizes, below.fan_in)

@@ -43,8 +43,8 @@ class State:
         """All entries of each sample, of an own state."""
         return values.reshape(len(values), -1)
 
-    def flatten(self) -> None:
-        """Pixels become features, by the mean over pixels with themselves; here there are none."""
+    def flatten(self, *, is_mean: bool) -> None:
+        """Pixels become features, by the mean or the sum over pixels with themselves; here there are none."""
 
     def scratch(self, count: int) -> list[FloatArray]:
         """Arrays like Σ for the use of one layer."""
