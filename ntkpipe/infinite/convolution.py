@@ -27,7 +27,9 @@ def _settle_pairs(layer: Layer, *names: str) -> None:
         given = plain_value(getattr(layer, name))
         pair = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given, given)
         if len(pair) != 2 or not all(isinstance(one, int) and not isinstance(one, bool) and one >= 1 for one in pair):
-            raise ConfigError(f"{layer.prints()}: {name}={given!r}; needed an integer from 1 on, or one for height and width")
+            raise ConfigError(
+                f"{layer.prints()}: {name}={given!r}; needed an integer from 1 on, or one for height and width"
+            )
         object.__setattr__(layer, name, pair)
 
 

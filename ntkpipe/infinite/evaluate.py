@@ -40,22 +40,25 @@ def _padded(rows: FloatArray, *, copies: bool = False) -> FloatArray:
     return found
 
 
-def own_state(layers: Sequence[Layer], samples: FloatArray) -> State:
+def own_state(layers: Sequence[Layer], samples: FloatArray, scale: float) -> State:
     """Σ of samples with themselves before the first layer, with the bits that pairs have."""
     if samples.ndim > 2:
-        return images.start(samples, samples, images.pools_of(layers), Spare())
-    s = np.concatenate([product(part := samples[run], part).diagonal() for run in runs(len(samples), EDGE)])
+        return images.start(samples, samples, images.pools_of(layers), scale, Spare())
+    s = np.concatenate([product(part := samples[run], part).diagonal() for run in runs(len(samples), EDGE)]) * scale
     return State(s, np.zeros_like(s), is_own=True, fan_in=samples.shape[-1])
 
 
-def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, nngp: FloatArray, ntk: FloatArray) -> None:
+def fill(
+    layers: Sequence[Layer], rows: Rows, columns: Rows, *, scale: float, nngp: FloatArray, ntk: FloatArray
+) -> None:
     """Compute both kernels of samples into arrays; where rows are the columns, upper blocks alone, and mirror them."""
     if rows.samples.ndim > 2:
-        images.fill(layers, rows, columns, nngp, ntk)
+        images.fill(layers, rows, columns, scale=scale, nngp=nngp, ntk=ntk)
         return
     spare = Spare()
     for at, across in blocks(rows, columns):
         s = product(rows.samples[at], columns.samples[across])
+        s *= scale
         theta = np.zeros_like(s)
         right = sliced(columns.kept, across)
         left = sliced(rows.kept, at)

@@ -87,7 +87,7 @@ def _last(values: FloatArray) -> FloatArray:
     return np.ascontiguousarray(values.transpose(order)).transpose(np.argsort(order))
 
 
-def start(left: FloatArray, right: FloatArray, pools: int, spare: Spare) -> Images:
+def start(left: FloatArray, right: FloatArray, pools: int, scale: float, spare: Spare) -> Images:
     """Σ of pairs before the first layer, of images (B, H, W, C)."""
     first, second = (np.ascontiguousarray(np.moveaxis(each, 0, -1)) for each in (left, right))
     if pools:
@@ -97,6 +97,7 @@ def start(left: FloatArray, right: FloatArray, pools: int, spare: Spare) -> Imag
     for channel in range(1, left.shape[-1]):
         np.multiply(first[..., channel, :], second[..., channel, :], out=more)
         s += more
+    s *= scale
     return Images(s, np.zeros_like(s), False, left.shape[-1], spare, pools)
 
 
@@ -120,11 +121,13 @@ def pairs(rows: int, columns: int, *, is_symmetric: bool, most: int) -> Iterator
         yield row, numbers - ends[row] + columns
 
 
-def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, nngp: FloatArray, ntk: FloatArray) -> None:
+def fill(
+    layers: Sequence[Layer], rows: Rows, columns: Rows, *, scale: float, nngp: FloatArray, ntk: FloatArray
+) -> None:
     """Compute both kernels of images into arrays; where rows are the columns, the upper half alone, and mirror it."""
     spare, pools, most = Spare(), pools_of(layers), pairs_at_once(layers, rows.samples)
     for i, j in pairs(*nngp.shape, is_symmetric=rows is columns, most=most):
-        state = start(rows.samples[i], columns.samples[j], pools, spare)
+        state = start(rows.samples[i], columns.samples[j], pools, scale, spare)
         through(layers, state, _chosen(rows.kept, i), _chosen(columns.kept, j))
         nngp[i, j], ntk[i, j] = state.s, state.theta
         if rows is columns:
