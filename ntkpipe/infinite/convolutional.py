@@ -1,6 +1,7 @@
-"""Convolutional networks, and that of Arora et al. 2019."""
+"""Convolutional networks, that of Arora et al. 2019 among them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from math import prod
 from typing import Any, Literal
 
@@ -14,11 +15,82 @@ from ntkpipe.infinite.pixels import Padding
 
 @dataclass(frozen=True)
 class Convolutional(Network):
-    """Convolutions, each with an activation behind it, then a head and a dense layer.
+    """Convolutions with an activation behind each, then a head and a dense layer; inputs are images (n, C, H, W).
 
-    With pixels a, a' of samples x, x' and the mean A over the places δ of a filter (Arora et al. 2019, arXiv 1904.11955,
-    Sec. 4; Novak et al. 2019, 1810.05148; Garriga-Alonso et al. 2019, 1808.05587):
+    For pixels a, a' of samples x, x', and A(z)[a, a'] the mean of z[a + δ, a' + δ] over the places δ of a filter:
 
-        Σ⁰[a, a'] = x_a·x'_a' / C,  A(z)[a, a'] = mean over δ of z[a + δ, a' + δ]
-        own = W² A(E) + b²,  Θ ← own + W² A(Ė Θ),  Σ ← W² A(E) + b² τ²,  E, Ė the dual activation of Σ
+        Σ⁰[a, a'] = x_a·x'_a' / C, and layer by layer, with E = Ė ⊙ 1 = Σ⁰ first and the dual activation of Σ later
+        own = W² A(E) + b²,  Θ ← own + W² A(Ė Θ),  Σ ← W² A(E) + b² τ²
+
+    (Novak et al. 2019, arXiv 1810.05148; Garriga-Alonso et al. 2019, 1808.05587; Arora et al. 2019, 1904.11955, Sec. 4).
+    A flat head takes the mean over pixels with themselves, and needs H·W numbers a pair of samples; a global average
+    pool, or pools between, take the mean over all pairs of pixels, and need (H·W)².
     """
+
+    hidden: int = 1  # convolutions
+    activation: Given | Activation = "relu"
+    W_std: float | tuple[float, ...] = 1.0  # these two for all layers, or one each: hidden + 1
+    b_std: float | tuple[float | None, ...] | None = None
+    filter: Pair = 3
+    strides: int | tuple[Pair, ...] = 1  # of all convolutions, or one each
+    padding: Padding = "same"  # see :class:`Conv`
+    pool: int | tuple[int, ...] = 1  # the window of the average pool behind each activation; 1 is none
+    head: Literal["flatten", "gap"] = "flatten"
+    bias_init: float = 1.0
+    first_layer: FirstLayer = "mean"
+    parametrisation: Parametrisation = "ntk"
+    channels: int | tuple[int, ...] | None = None  # of the convolutions, which the standard parametrisation needs
+    trained: Literal["all", "last"] | frozenset[int] = "all"  # or numbers of layers, from 0 on
+    # Arora et al. 2019: ReLU, no biases, 2 / (places of the filter) a layer, the last one included, a first layer that sums
+    # channels and filter, and as a flat ("vanilla") head the trace over pixels. `hidden` is their L, a depth of L + 1.
+    preset: Literal["arora"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.head not in ("flatten", "gap"):
+            raise ConfigError(f"Convolutional: head={self.head!r}; needed 'flatten' or 'gap'")
+        if self.preset is not None:
+            self._require_preset()
+        _ = self.layers  # which checks what is left
+
+    def _require_preset(self) -> None:
+        if self.preset != "arora":
+            raise ConfigError(f"Convolutional: preset={self.preset!r}; needed 'arora' or None")
+        free = {"hidden", "filter", "padding", "head", "trained", "preset"}
+        for each in fields(self):
+            if each.name not in free and getattr(self, each.name) != each.default:
+                raise ConfigError(f"Convolutional: preset='arora' decides {each.name}; leave it out, or the preset")
+
+    @property
+    def enters(self) -> FirstLayer:
+        """See :attr:`Network.enters`."""
+        return "sum" if self.preset else self.first_layer
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers, in order."""
+        count, area = self.hidden + 1, prod(as_pair(self.filter))
+        weights, biases = self._each("W_std", count), self._each("b_std", count)
+        if self.preset:
+            weights = (area**0.5, *(2**0.5,) * (count - 2), (2 / area) ** 0.5)
+        channels, strides, pools = (self._each(name, self.hidden) for name in ("channels", "strides", "pool"))
+        trained = {"all": range(count), "last": (count - 1,)}.get(self.trained, self.trained)  # type: ignore[call-overload]
+        activation = self.activation if isinstance(self.activation, Activation) else Activation(self.activation)
+        found: list[Layer] = []
+        for at in range(count):
+            shared = (weights[at], biases[at], self.bias_init, at in trained, self.parametrisation)
+            if at == self.hidden:
+                found += [GlobalAveragePool() if self.head == "gap" else Flatten(is_mean=self.preset is None)]
+                found += [Dense(*shared)]
+                break
+            found += [Conv(*shared, channels[at], self.filter, strides[at], self.padding), activation]
+            if pools[at] != 1:
+                found.append(AveragePool(pools[at]))
+        return tuple(found)
+
+    def _each(self, name: str, count: int) -> tuple[Any, ...]:
+        """The values of an option in each layer."""
+        given = getattr(self, name)
+        values = tuple(given) if isinstance(given, Sequence) else (given,) * count
+        if len(values) != count:
+            raise ConfigError(f"Convolutional: {name} has {len(values)} values; needed one, or {count}, one a layer")
+        return values
