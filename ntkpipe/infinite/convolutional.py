@@ -1,6 +1,6 @@
 """Convolutional networks, that of Arora et al. 2019 among them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from math import prod
 from typing import Any, Literal
@@ -19,7 +19,7 @@ class Convolutional(Network):
 
     For pixels a, a' of samples x, x', and A(z)[a, a'] the mean of z[a + δ, a' + δ] over the places δ of a filter:
 
-        Σ⁰[a, a'] = x_a·x'_a' / C, and layer by layer, with E = Ė ⊙ 1 = Σ⁰ first and the dual activation of Σ later
+        Σ⁰[a, a'] = x_a·x'_a' / C;  E = Σ⁰ and Ė = 1 in the first layer, dual activations of Σ in others
         own = W² A(E) + b²,  Θ ← own + W² A(Ė Θ),  Σ ← W² A(E) + b² τ²
 
     (Novak et al. 2019, arXiv 1810.05148; Garriga-Alonso et al. 2019, 1808.05587; Arora et al. 2019, 1904.11955, Sec. 4).
@@ -39,17 +39,25 @@ class Convolutional(Network):
     bias_init: float = 1.0
     first_layer: FirstLayer = "mean"
     parametrisation: Parametrisation = "ntk"
-    channels: int | tuple[int, ...] | None = None  # of the convolutions, which the standard parametrisation needs
+    channels: int | tuple[int, ...] | None = None  # for the standard parametrisation
     trained: Literal["all", "last"] | frozenset[int] = "all"  # or numbers of layers, from 0 on
-    # Arora et al. 2019: ReLU, no biases, 2 / (places of the filter) a layer, the last one included, a first layer that sums
-    # channels and filter, and as a flat ("vanilla") head the trace over pixels. `hidden` is their L, a depth of L + 1.
+    # Arora et al. 2019: ReLU, no biases, 2 / (places of the filter) a layer, the last one included, a first layer that
+    # sums channels and filter, and as a flat ("vanilla") head the trace over pixels. `hidden` is their L, depth L + 1.
     preset: Literal["arora"] | None = None
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            given = getattr(self, each.name)
+            if isinstance(given, Collection) and not isinstance(given, str):
+                object.__setattr__(self, each.name, (frozenset if each.name == "trained" else tuple)(given))
         if self.head not in ("flatten", "gap"):
             raise ConfigError(f"Convolutional: head={self.head!r}; needed 'flatten' or 'gap'")
         if self.preset is not None:
             self._require_preset()
+        if self.parametrisation == "standard" and self.channels is None:
+            raise ConfigError(
+                "Convolutional: parametrisation='standard' needs channels=, one number or one a convolution"
+            )
         _ = self.layers  # which checks what is left
 
     def _require_preset(self) -> None:
@@ -73,7 +81,9 @@ class Convolutional(Network):
         if self.preset:
             weights = (area**0.5, *(2**0.5,) * (count - 2), (2 / area) ** 0.5)
         channels, strides, pools = (self._each(name, self.hidden) for name in ("channels", "strides", "pool"))
-        trained = {"all": range(count), "last": (count - 1,)}.get(self.trained, self.trained)  # type: ignore[call-overload]
+        trained: Collection[int] = range(count) if self.trained == "all" else (self.hidden,)
+        if not isinstance(self.trained, str):
+            trained = self.trained
         activation = self.activation if isinstance(self.activation, Activation) else Activation(self.activation)
         found: list[Layer] = []
         for at in range(count):
@@ -90,7 +100,7 @@ class Convolutional(Network):
     def _each(self, name: str, count: int) -> tuple[Any, ...]:
         """The values of an option in each layer."""
         given = getattr(self, name)
-        values = tuple(given) if isinstance(given, Sequence) else (given,) * count
+        values = tuple(given) if isinstance(given, tuple) else (given,) * count
         if len(values) != count:
             raise ConfigError(f"Convolutional: {name} has {len(values)} values; needed one, or {count}, one a layer")
         return values
