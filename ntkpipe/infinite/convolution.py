@@ -77,7 +77,7 @@ class Conv(Dense):
 
     def operations(self, entries: int) -> float:
         """See :meth:`Layer.operations`: additions of one direction after the other, of Σ and of Θ."""
-        return 2.0 * entries * (sum(as_pair(self.filter)) + 3)
+        return super().operations(entries) + 2.0 * entries * (sum(as_pair(self.filter)) + 1)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.infinite.layers import Layer, through
 from ntkpipe.infinite.pixels import total_sum
-from ntkpipe.infinite.state import Kept, Rows, Spare, State
+from ntkpipe.infinite.state import Kept, Rows, Spare, State, sliced
 
 _ENTRIES = 1 << 19  # of Σ in a piece: pairs of images that are computed together, 4 MiB
 _STRIP = 1 << 15  # entries of Σ that an activation goes through at a time
@@ -76,27 +75,25 @@ def _cut(kept: Kept, at: tuple[slice, ...]) -> Kept:
     return tuple(_cut(each, at) if isinstance(each, tuple) else each[at] for each in kept)
 
 
-def _chosen(kept: Kept, samples: NDArray[np.intp]) -> Kept:
-    """What was kept of some samples, which come last in memory."""
-    return tuple(_chosen(each, samples) if isinstance(each, tuple) else _last(each[samples]) for each in kept)
+def _packed(kept: Kept) -> Kept:
+    """The same arrays, whose first axis, of samples, comes last in memory, behind pixels, and others before."""
+    return tuple(_packed(each) if isinstance(each, tuple) else _pack(each) for each in kept)
 
 
-def _last(values: FloatArray) -> FloatArray:
-    """The same array, whose first axis comes last in memory, behind pixels, and others first."""
+def _pack(values: FloatArray) -> FloatArray:
     order = (*range(3, values.ndim), *range(1, min(values.ndim, 3)), 0)
     return np.ascontiguousarray(values.transpose(order)).transpose(np.argsort(order))
 
 
 def start(left: FloatArray, right: FloatArray, pools: int, scale: float, spare: Spare) -> Images:
-    """Σ of pairs before the first layer, of images (B, H, W, C)."""
-    first, second = (np.ascontiguousarray(np.moveaxis(each, 0, -1)) for each in (left, right))
+    """Σ of pairs before the first layer, of images (B, H, W, C), or one and B."""
+    first, second = (np.moveaxis(each, (-1, 0), (0, -1)) for each in (left, right))
     if pools:
-        first, second = first[:, :, None, None], second[None, None]
-    s = first[..., 0, :] * second[..., 0, :]
+        first, second = first[:, :, :, None, None], second[:, None, None]
+    s = first[0] * second[0]
     (more,) = spare.arrays(1, s.shape)
-    for channel in range(1, left.shape[-1]):
-        np.multiply(first[..., channel, :], second[..., channel, :], out=more)
-        s += more
+    for one, other in zip(first[1:], second[1:], strict=True):
+        s += np.multiply(one, other, out=more)
     s *= scale
     return Images(s, np.zeros_like(s), False, left.shape[-1], spare, pools)
 
@@ -111,24 +108,24 @@ def pairs_at_once(layers: Sequence[Layer], samples: FloatArray) -> int:
     return max(1, _ENTRIES // prod(samples.shape[1:-1]) ** (2 if pools_of(layers) else 1))
 
 
-def pairs(rows: int, columns: int, *, is_symmetric: bool, most: int) -> Iterator[tuple[NDArray[np.intp], ...]]:
-    """Row and column numbers of all pairs, or of those on and above the diagonal, so many at a time."""
-    first = np.arange(rows) if is_symmetric else np.zeros(rows, np.intp)
-    ends = np.cumsum(columns - first)
-    for run in runs(int(ends[-1]), most):
-        numbers = np.arange(run.start, run.stop)
-        row = np.searchsorted(ends, numbers, side="right")
-        yield row, numbers - ends[row] + columns
-
-
 def fill(
     layers: Sequence[Layer], rows: Rows, columns: Rows, *, scale: float, nngp: FloatArray, ntk: FloatArray
 ) -> None:
     """Compute both kernels of images into arrays; where rows are the columns, the upper half alone, and mirror it."""
-    spare, pools, most = Spare(), pools_of(layers), pairs_at_once(layers, rows.samples)
-    for i, j in pairs(*nngp.shape, is_symmetric=rows is columns, most=most):
-        state = start(rows.samples[i], columns.samples[j], pools, scale, spare)
-        through(layers, state, _chosen(rows.kept, i), _chosen(columns.kept, j))
-        nngp[i, j], ntk[i, j] = state.s, state.theta
-        if rows is columns:
-            nngp[j, i], ntk[j, i] = state.s, state.theta
+    if len(rows) > len(columns):
+        rows, columns, nngp, ntk = columns, rows, nngp.T, ntk.T
+    spare, pools = Spare(), pools_of(layers)
+    for run in runs(len(columns), pairs_at_once(layers, rows.samples)):
+        samples, kept = _packed((columns.samples[run], sliced(columns.kept, run)))
+        for row in range(run.stop if rows is columns else len(rows)):
+            one = slice(row, row + 1)
+            first = max(row - run.start, 0) if rows is columns else 0
+            right = _cut((samples, kept), (slice(first, None),))
+            if first and pools:
+                right = _packed(right)  # so that slices are long
+            state = start(rows.samples[one], right[0], pools, scale, spare)
+            through(layers, state, sliced(rows.kept, one), right[1])
+            at = slice(run.start + first, run.stop)
+            nngp[row, at], ntk[row, at] = state.s, state.theta
+            if rows is columns:
+                nngp[at, row], ntk[at, row] = state.s, state.theta

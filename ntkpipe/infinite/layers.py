@@ -45,7 +45,7 @@ class Layer:
         return 0
 
     def operations(self, entries: int) -> float:
-        """Counted operations of a pair whose Σ has so many entries."""
+        """Counted additions, or what takes as long, of a pair whose Σ has so many entries."""
         return 4.0 * entries
 
     def prints(self) -> str:
@@ -107,6 +107,10 @@ class Activation(Layer):
         """Σ ← V(Σ), Θ ← V̇(Σ) Θ."""
         for strip, first, second in state.strips(left, right):
             self.dual.apply(strip, first, second)
+
+    def operations(self, entries: int) -> float:
+        """See :meth:`Layer.operations`."""
+        return self.dual.operations * entries
 
     def canonical(self) -> dict[str, Any]:
         """See :meth:`Layer.canonical`."""
