@@ -54,17 +54,16 @@ class Conv(Dense):
 
     def apply(self, state: State, left: Kept, right: Kept) -> None:
         """See :meth:`Layer.apply`; Σ̇ was multiplied in before, by the activation."""
-        axes, area = self._axes(state.s.shape[:2]), prod(as_pair(self.filter))
-        has_theta = state.theta.any()  # not before the first layer
-        state.s = window_sum(state.s, axes, state.spare)
-        state.s /= area
-        if has_theta:
-            state.theta = window_sum(state.theta, axes, state.spare)
-            state.theta /= area
-        else:
-            state.theta = np.zeros(state.s.shape)
-        state.fan_in *= area
+        assert isinstance(state, Images)
+        axes, has_theta = self._axes(state.s.shape[:2]), state.theta.any()  # none before the first layer
+        state.s = window_sum(state.s, axes, state.room)
+        state.theta = window_sum(state.theta, axes, state.room) if has_theta else np.zeros_like(state.s)
         super().apply(state, left, right)
+
+    @property
+    def gain(self) -> float:
+        """W² over the places of the filter."""
+        return super().gain / prod(as_pair(self.filter))
 
     def _axes(self, sizes: tuple[int, ...]) -> tuple[Axis, Axis]:
         filters, strides = as_pair(self.filter), as_pair(self.strides)

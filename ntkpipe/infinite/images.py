@@ -1,7 +1,7 @@
 """Pairs of images: their states, and the tiles that come from them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -23,6 +23,7 @@ class Images(State):
     """
 
     pools: int = 0  # layers to come that need pairs of different pixels
+    room: Spare = field(default_factory=Spare)  # for sums over windows
 
     @property
     def copies(self) -> int:
@@ -52,7 +53,8 @@ class Images(State):
         for run in runs(len(self.s), tall):
             at = (slice(None), run)
             second = right if self.copies == 2 else _cut(right, at)
-            yield Images(self.s[run], self.theta[run], self.is_own, self.fan_in, self.spare), _cut(left, at), second
+            strip = Images(self.s[run], self.theta[run], is_own=False, fan_in=0, spare=self.spare)
+            yield strip, _cut(left, at), second
 
     def by_sample(self, values: FloatArray) -> FloatArray:
         """See :meth:`State.by_sample`."""
@@ -85,17 +87,17 @@ def _pack(values: FloatArray) -> FloatArray:
     return np.ascontiguousarray(values.transpose(order)).transpose(np.argsort(order))
 
 
-def start(left: FloatArray, right: FloatArray, pools: int, scale: float, spare: Spare) -> Images:
+def start(left: FloatArray, right: FloatArray, pools: int, scale: float) -> Images:
     """Σ of pairs before the first layer, of images (B, H, W, C), or one and B."""
     first, second = (np.moveaxis(each, (-1, 0), (0, -1)) for each in (left, right))
     if pools:
         first, second = first[:, :, :, None, None], second[:, None, None]
     s = first[0] * second[0]
-    (more,) = spare.arrays(1, s.shape)
+    more = np.empty_like(s)
     for one, other in zip(first[1:], second[1:], strict=True):
         s += np.multiply(one, other, out=more)
     s *= scale
-    return Images(s, np.zeros_like(s), False, left.shape[-1], spare, pools)
+    return Images(s, np.zeros_like(s), is_own=False, fan_in=left.shape[-1], pools=pools)
 
 
 def pools_of(layers: Sequence[Layer]) -> int:
@@ -108,13 +110,11 @@ def pairs_at_once(layers: Sequence[Layer], samples: FloatArray) -> int:
     return max(1, _ENTRIES // prod(samples.shape[1:-1]) ** (2 if pools_of(layers) else 1))
 
 
-def fill(
-    layers: Sequence[Layer], rows: Rows, columns: Rows, *, scale: float, nngp: FloatArray, ntk: FloatArray
-) -> None:
-    """Compute both kernels of images into arrays; where rows are the columns, the upper half alone, and mirror it."""
+def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, *, scale: float, into: FloatArray) -> None:
+    """Compute both kernels of images into (2, n, m); where rows are the columns, the lower part is mirrored."""
     if len(rows) > len(columns):
-        rows, columns, nngp, ntk = columns, rows, nngp.T, ntk.T
-    spare, pools = Spare(), pools_of(layers)
+        rows, columns, into = columns, rows, into.swapaxes(1, 2)
+    pools, spare, room = pools_of(layers), Spare(), Spare()
     for run in runs(len(columns), pairs_at_once(layers, rows.samples)):
         samples, kept = _packed((columns.samples[run], sliced(columns.kept, run)))
         for row in range(run.stop if rows is columns else len(rows)):
@@ -123,9 +123,9 @@ def fill(
             right = _cut((samples, kept), (slice(first, None),))
             if first and pools:
                 right = _packed(right)  # so that slices are long
-            state = start(rows.samples[one], right[0], pools, scale, spare)
+            state = replace(start(rows.samples[one], right[0], pools, scale), spare=spare, room=room)
             through(layers, state, sliced(rows.kept, one), right[1])
             at = slice(run.start + first, run.stop)
-            nngp[row, at], ntk[row, at] = state.s, state.theta
+            into[0, row, at], into[1, row, at] = state.s, state.theta
             if rows is columns:
-                nngp[at, row], ntk[at, row] = state.s, state.theta
+                into[:, at, row] = into[:, row, at]

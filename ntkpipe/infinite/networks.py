@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, Literal
 
@@ -10,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray, runs
+from ntkpipe.base.blas import single_threaded_blas
 from ntkpipe.base.errors import ConfigError, DataError
 from ntkpipe.base.given import as_real
 from ntkpipe.infinite import images
 from ntkpipe.infinite.activations.catalogue import Given
-from ntkpipe.infinite.evaluate import EDGE, fill, own_state
-from ntkpipe.infinite.layers import Activation, Dense, Layer, Parametrisation
+from ntkpipe.infinite.evaluate import HEIGHT, fill, own_state
+from ntkpipe.infinite.layers import Activation, Dense, Layer, Parametrisation, advanced
 from ntkpipe.infinite.slow import slow
 from ntkpipe.infinite.state import Kept, Rows, State, size_of
 
@@ -55,18 +57,16 @@ class Network(ABC):
     def _named(self, number: int) -> str:
         return f"layer {number + 1} of {len(self.layers)} ({self.layers[number].prints()})"
 
+    @single_threaded_blas()
     def prepare(self, samples: NDArray[Any]) -> Rows:
         """Check samples, and find their own covariances after each layer."""
         values = self._entered(samples)
         self._sizes((values.shape[-1], *values.shape[1:-1]))
-        scale, kept, nngp, ntk = self.scale(values.shape[-1]), [], [], []
-        for run in runs(len(values), images.pairs_at_once(self.layers, values) if values.ndim > 2 else EDGE):
-            state, parts = own_state(self.layers, values[run], scale), []
-            for number, layer in enumerate(self.layers):
-                with np.errstate(over="ignore", invalid="ignore"):
-                    parts.append(layer.advance(state))
-                self._require_finite(state, number, run.start)
-            kept.append(tuple(parts))
+        layers, scale, kept, nngp, ntk = self.layers, self.scale(values.shape[-1]), [], [], []
+        for run in runs(len(values), images.pairs_at_once(layers, values) if values.ndim > 2 else HEIGHT):
+            state = own_state(layers, values[run], scale)
+            with np.errstate(over="ignore", invalid="ignore"):
+                kept.append(advanced(layers, state, partial(self._require_finite, state, run.start)))
             nngp.append(state.s)
             ntk.append(state.theta)
         return Rows(values, _joined(kept), np.concatenate(nngp), np.concatenate(ntk))
@@ -79,8 +79,8 @@ class Network(ABC):
 
     def fill(self, rows: Rows, columns: Rows, into: FloatArray) -> None:
         """The same, into an array (2, n, m)."""
-        scale = self.scale(rows.samples.shape[-1])
-        fill(self.layers, rows, columns, scale=scale, nngp=into[0], ntk=into[1])
+        with single_threaded_blas():
+            fill(self.layers, rows, columns, scale=self.scale(rows.samples.shape[-1]), into=into)
 
     def scale(self, features: int) -> float:
         """What products of inputs are multiplied with."""
@@ -118,7 +118,7 @@ class Network(ABC):
             values = np.moveaxis(values, 1, -1)
         return np.ascontiguousarray(values)
 
-    def _require_finite(self, state: State, number: int, first: int) -> None:
+    def _require_finite(self, state: State, first: int, number: int) -> None:
         for name, values in (("covariance", state.s), ("tangent kernel", state.theta)):
             bad = ~np.isfinite(state.by_sample(values)).all(axis=1)
             if bad.any():

@@ -1,7 +1,8 @@
-"""What passes through the layers: covariances and tangent kernels of pairs of samples, or of samples with themselves."""
+"""What passes through layers: covariances and tangent kernels of pairs of samples, or of samples with themselves."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,6 +24,8 @@ class State:
     theta: FloatArray
     is_own: bool
     fan_in: int  # channels, features
+    gain: float = 1.0  # by which the next layer will multiply; an activation may do so for it
+    is_ahead: bool = False  # whether it has
     spare: "Spare" = field(default_factory=lambda: Spare())
 
     @property
@@ -49,22 +52,38 @@ class State:
         """Arrays like Σ for the use of one layer."""
         return self.spare.arrays(count, self.s.shape)
 
+    def multiply(self, gain: float) -> None:
+        """Multiply Σ and Θ by a gain, unless the activation before has."""
+        if not self.is_ahead and gain != 1.0:
+            self.s *= gain
+            self.theta *= gain
+        self.is_ahead = False
+
 
 class Spare:
     """Memory that layers share, one after the other."""
 
     def __init__(self) -> None:
-        self._held: list[FloatArray] = []
+        self._held: dict[int, list[FloatArray]] = {}  # by size
+        self._base: dict[int, list[FloatArray]] = {}
 
     def arrays(self, count: int, shape: tuple[int, ...]) -> list[FloatArray]:
         """Arrays of a shape, which hold anything."""
-        size = int(np.prod(shape))
-        while len(self._held) < count:
-            self._held.append(np.empty(size))
-        for place, each in enumerate(self._held[:count]):
-            if each.size < size:
-                self._held[place] = np.empty(size)
-        return [each[:size].reshape(shape) for each in self._held[:count]]
+        return _taken(self._held, count, shape)
+
+    def first(self, count: int, shape: tuple[int, ...]) -> list[FloatArray]:
+        """Others, for Σ and Θ of a strip."""
+        return _taken(self._base, count, shape)
+
+
+def _taken(held: dict[int, list[FloatArray]], count: int, shape: tuple[int, ...]) -> list[FloatArray]:
+    size = prod(shape)
+    if size not in held:
+        held.clear()  # other shapes are over
+    arrays = held.setdefault(size, [])
+    while len(arrays) < count:
+        arrays.append(np.empty(size))
+    return [each.reshape(shape) for each in arrays[:count]]
 
 
 @dataclass(frozen=True)
