@@ -109,7 +109,7 @@ class Activation(Layer):
 
     def keep(self, state: State) -> Kept:
         """What the dual activation needs of variances."""
-        return self.dual.keep(state.variances)
+        return self.dual.keep(state.variances, state.gain)
 
     def apply(self, state: State, left: Kept, right: Kept) -> None:
         """Σ ← V(Σ), Θ ← V̇(Σ) Θ, both times the gain of the next layer."""

@@ -46,7 +46,7 @@ class Series(Dual):
     kinks: tuple[float, ...]
     tolerance: float
 
-    def keep(self, p: FloatArray) -> Kept:
+    def keep(self, p: FloatArray, gain: float) -> Kept:
         """Of each variance: p, 1 / √p, the step of the plane; E σ², t, coefficients; the same three of σ'."""
         parts = zip(*map(self._row, p.reshape(-1).tolist()), strict=True)
         return tuple(np.array(part).reshape(*p.shape, *np.shape(part[0])) for part in parts)
