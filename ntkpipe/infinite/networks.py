@@ -12,14 +12,18 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.blas import single_threaded_blas
-from ntkpipe.base.errors import ConfigError, DataError
+from ntkpipe.base.errors import ConfigError, DataError, ResourceError
 from ntkpipe.base.given import as_real
+from ntkpipe.base.resources import format_seconds
 from ntkpipe.infinite import images
 from ntkpipe.infinite.activations.catalogue import Given
 from ntkpipe.infinite.evaluate import HEIGHT, fill, own_state
 from ntkpipe.infinite.layers import Activation, Dense, Layer, Parametrisation, advanced
 from ntkpipe.infinite.slow import slow
 from ntkpipe.infinite.state import Kept, Rows, State, size_of
+
+_OPERATION_SECONDS = 5e-10  # of one core, about
+_MOST_SECONDS = 24 * 3600.0
 
 FirstLayer = Literal["mean", "sum"]
 
@@ -100,6 +104,21 @@ class Network(ABC):
         entries = [prod(sizes) ** copies for sizes in self._sizes(shape)]
         layers = sum(layer.operations(count) for layer, count in zip(self.layers, entries, strict=True))
         return 2.0 * shape[0] * entries[0] + layers
+
+    def require_time(self, shape: Sequence[int], pairs: float, *, force: bool) -> None:
+        """Raise ResourceError where pairs of images would take this process more than about a day, unless forced."""
+        seconds = _OPERATION_SECONDS * self.operations(shape) * pairs
+        if force or len(shape) == 1 or seconds <= _MOST_SECONDS:
+            return
+        pixels, remedy = shape[1] * shape[2], ""
+        each = f"{pixels:,} numbers a pair"
+        if images.pools_of(self.layers):
+            each = f"pools need all pairs of pixels, {pixels**2:,} numbers a pair of images"
+            remedy = ", smaller images, or Flatten in place of pools"
+        raise ResourceError(
+            f"{pairs:,.0f} pairs of images of {shape[1]} × {shape[2]} pixels take about {format_seconds(seconds)} "
+            f"of one core: {each}. Use fewer images{remedy}; or compute_infinite_kernel, on all cores; or give force=True"
+        )
 
     def row_bytes(self, shape: Sequence[int]) -> int:
         """Bytes of :class:`Rows` a sample."""
