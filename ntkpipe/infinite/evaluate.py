@@ -1,11 +1,11 @@
 """Tiles of a network's kernels: products of inputs of one fixed shape, then layers on strips that stay in cache."""
 
-from collections.abc import Iterator, Sequence
-from math import prod
+from collections.abc import Sequence
 
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray, runs
+from ntkpipe.infinite import images
 from ntkpipe.infinite.layers import Layer, through
 from ntkpipe.infinite.state import Rows, Spare, State, sliced
 
@@ -14,7 +14,6 @@ from ntkpipe.infinite.state import Rows, Spare, State, sliced
 HEIGHT, WIDTH, DEPTH = 256, 1024, 4096
 SPAN = 2048  # columns of a strip, since loops that broadcast begin anew at each row
 STRIP = 16384  # entries of Σ in a strip: 128 KiB
-_BLOCK = 1 << 17  # entries of Σ in a block of pairs of images
 
 
 def product(left: FloatArray, right: FloatArray, out: FloatArray | None = None) -> FloatArray:
@@ -44,59 +43,30 @@ def _padded(rows: FloatArray, count: int) -> FloatArray:
     return found
 
 
-def own_state(samples: FloatArray, copies: int, scale: float) -> State:
-    """Σ of samples with themselves before the first layer, with the bits that :func:`pair_state` gives."""
-    if copies < 2:
-        flat = samples.reshape(-1, samples.shape[-1])
-        parts = [product(flat[run], flat[run]).diagonal() for run in runs(len(flat), HEIGHT)]
-        s = np.concatenate(parts).reshape(samples.shape[:-1])
-    else:
-        sizes = samples.shape[1:-1]
-        s = np.stack([product(each, each) for each in samples.reshape(len(samples), -1, samples.shape[-1])])
-        s = s.reshape(len(samples), *sizes, *sizes)
-    s = s * scale
+def own_state(layers: Sequence[Layer], samples: FloatArray, scale: float) -> State:
+    """Σ of samples with themselves before the first layer, with the bits that pairs have."""
+    if samples.ndim > 2:
+        return images.start(samples, samples, images.pools_of(layers), scale)
+    s = np.concatenate([product(samples[run], samples[run]).diagonal() for run in runs(len(samples), HEIGHT)]) * scale
     return State(s, np.zeros_like(s), is_own=True, fan_in=samples.shape[-1])
 
 
-def pair_state(left: FloatArray, right: FloatArray, copies: int, scale: float, spare: Spare) -> State:
-    """Σ of pairs of images before the first layer."""
-    n, m, sizes, channels = len(left), len(right), left.shape[1:-1], left.shape[-1]
-    if copies == 1:
-        s = np.empty((n, m, *sizes))
-        for at in np.ndindex(*sizes):
-            s[(..., *at)] = product(left[(slice(None), *at)], right[(slice(None), *at)])
-    else:
-        pixels = prod(sizes)
-        flat = product(left.reshape(-1, channels), right.reshape(-1, channels))
-        s = np.ascontiguousarray(flat.reshape(n, pixels, m, pixels).swapaxes(1, 2)).reshape(n, m, *sizes, *sizes)
-    s *= scale
-    return State(s, np.zeros_like(s), is_own=False, fan_in=channels, spare=spare)
-
-
-def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, *, copies: int, scale: float, into: FloatArray) -> None:
-    """Compute both kernels of samples into (2, n, m); where rows are the columns, blocks below the diagonal are mirrored."""
-    height, width = HEIGHT, SPAN
-    if copies:
-        height = width = max(1, int((_BLOCK / prod(rows.samples.shape[1:-1]) ** copies) ** 0.5))
-    is_symmetric = rows is columns
-    spare, base, block = Spare(), Spare(), np.empty(0 if copies else (min(len(rows), HEIGHT), min(len(columns), SPAN)))
-    for at in runs(len(rows), height):
-        left, first = rows[at], at.start if is_symmetric else 0
+def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, *, scale: float, into: FloatArray) -> None:
+    """Compute both kernels of samples into (2, n, m)."""
+    if rows.samples.ndim > 2:
+        images.fill(layers, rows, columns, scale=scale, into=into)
+        return
+    spare, base, block = Spare(), Spare(), np.empty((min(len(rows), HEIGHT), min(len(columns), SPAN)))
+    for at in runs(len(rows), HEIGHT):
+        left = rows[at]
         strips = [(run, sliced(left.kept, run)) for run in runs(len(left), STRIP // SPAN)]
-        for across in runs(len(columns) - first, width):
-            across = slice(first + across.start, first + across.stop)
+        for across in runs(len(columns), SPAN):
             right, found = columns[across], into[:, at, across]
-            if copies:
-                state = pair_state(left.samples, right.samples, copies, scale, spare)
-                through(layers, state, left.kept, right.kept)
-                found[0], found[1] = state.s, state.theta
-            else:
-                s = product(left.samples, right.samples, block[: len(left), : len(right)])
-                for run, kept in strips:
-                    state = State(*base.arrays(2, s[run].shape), is_own=False, fan_in=rows.samples.shape[1], spare=spare)
-                    np.multiply(s[run], scale, out=state.s)
-                    state.theta.fill(0.0)
-                    through(layers, state, kept, right.kept)
-                    found[0, run], found[1, run] = state.s, state.theta
-            if is_symmetric:
-                into[:, across, at] = found.swapaxes(1, 2)
+            s = product(left.samples, right.samples, block[: len(left), : len(right)])
+            for run, kept in strips:
+                covariance, theta = base.arrays(2, s[run].shape)
+                state = State(covariance, theta, is_own=False, fan_in=rows.samples.shape[1], spare=spare)
+                np.multiply(s[run], scale, out=covariance)
+                theta.fill(0.0)
+                through(layers, state, kept, right.kept)
+                found[0, run], found[1, run] = state.s, state.theta

@@ -6,16 +6,28 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ntkpipe.base.arguments import check_options, options_of
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.given import as_real
 from ntkpipe.infinite.activations.catalogue import Given, dual_of
 from ntkpipe.infinite.activations.dual import Dual
+from ntkpipe.infinite.activations.hermite import Series
 from ntkpipe.infinite.state import Kept, State
 
 Parametrisation = Literal["ntk", "standard"]
 
 
+class Settled:
+    """A frozen dataclass whose options are checked by their annotations; lists become tuples."""
+
+    def __post_init__(self) -> None:
+        given = {each.name: getattr(self, each.name) for each in fields(self) if each.init}  # type: ignore[arg-type]
+        for name, value in check_options(options_of(self.__class__), given, f"{type(self).__name__}()").items():
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+
+
 @dataclass(frozen=True)
-class Layer:
+class Layer(Settled):
     """One step of a network; equal options make equal layers."""
 
     def keep(self, state: State) -> Kept:
@@ -41,9 +53,17 @@ class Layer:
         """All options that decide numbers, as JSON has them."""
         return {"layer": type(self).__name__} | {each.name: getattr(self, each.name) for each in fields(self)}
 
-    def operations(self, state_size: int) -> float:
-        """Counted operations of a pair whose Σ has so many entries."""
-        return 4.0 * state_size
+    def sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Height and width of what comes out, () of features; raises ConfigError where such an image does not fit."""
+        return sizes
+
+    def pools(self) -> int:
+        """How many layers in it need pairs of different pixels."""
+        return 0
+
+    def operations(self, entries: int) -> float:
+        """Counted additions, or what takes as long, of a pair whose Σ has so many entries."""
+        return 4.0 * entries
 
     def prints(self) -> str:
         """The layer in the words of messages."""
@@ -60,6 +80,11 @@ class Dense(Layer):
     trained: bool = True
     parametrisation: Parametrisation = "ntk"
     width: int | None = None  # which the next layer needs in the standard parametrisation
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.W_std:
+            raise ConfigError("Dense(): W_std=0; needed a positive number")
 
     @property
     def gain(self) -> float:
@@ -97,6 +122,7 @@ class Activation(Layer):
     dual: Dual = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kinks", tuple(as_real("kinks", self.kinks).tolist()))
         object.__setattr__(self, "dual", dual_of(self.function, self.kinks, self.tolerance, self.name))
 
     def keep(self, state: State) -> Kept:
@@ -105,18 +131,22 @@ class Activation(Layer):
 
     def apply(self, state: State, left: Kept, right: Kept) -> None:
         """Σ ← V(Σ), Θ ← V̇(Σ) Θ, both times the gain of the next layer."""
-        self.dual.apply(state, left, right, state.gain)
-        state.is_ahead = True
+        for strip, first, second in state.strips(left, right):
+            self.dual.apply(strip, first, second, state.gain)
+        state.is_ahead = state.gain != 1.0
+
+    def operations(self, entries: int) -> float:
+        """See :meth:`Layer.operations`."""
+        return self.dual.operations * entries
 
     def canonical(self) -> dict[str, Any]:
         """See :meth:`Layer.canonical`."""
         if not isinstance(self.function, str) and self.name is None:
             raise ConfigError("an activation is a pair of functions without a name; give Activation(f, df, name=…)")
-        return {
-            "layer": "Activation",
-            "function": self.dual.name if isinstance(self.function, str) else f"pair:{self.name}",
-            "kinks": list(self.kinks),
-        }
+        found: dict[str, Any] = {"layer": "Activation", "function": self.dual.name}
+        if isinstance(self.dual, Series):
+            found |= {"kinks": list(self.dual.kinks), "tolerance": self.tolerance, "given": self.name}
+        return found
 
 
 @dataclass(frozen=True)
@@ -126,6 +156,7 @@ class Residual(Layer):
     inner: tuple[Layer, ...] = ()
 
     def __init__(self, *inner: Layer) -> None:
+        require_layers(inner, "Residual()")
         object.__setattr__(self, "inner", inner)
 
     def advance(self, state: State) -> Kept:
@@ -141,10 +172,25 @@ class Residual(Layer):
         through(self.inner, state, left, right)
         self._add(state, s, theta)
 
+    def sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """See :meth:`Layer.sizes`."""
+        found = sizes
+        for layer in self.inner:
+            found = layer.sizes(found)
+        if found != sizes:
+            raise ConfigError(f"it turns {said(sizes)} into {said(found)}; needed equal sizes to add")
+        return sizes
+
+    def pools(self) -> int:
+        """See :meth:`Layer.pools`."""
+        return sum(layer.pools() for layer in self.inner)
+
+    def operations(self, entries: int) -> float:
+        """See :meth:`Layer.operations`."""
+        return 4.0 * entries + sum(layer.operations(entries) for layer in self.inner)
+
     @staticmethod
     def _add(state: State, s: Any, theta: Any) -> None:
-        if s.shape != state.s.shape:
-            raise ConfigError(f"Residual: its layers make {state.s.shape} of {s.shape}; needed equal sizes to add")
         state.s += s
         state.theta += theta
 
@@ -175,15 +221,28 @@ class LayerNorm(Layer):
 class Flatten(Layer):
     """Pixels become features: the mean over pixels with themselves."""
 
+    is_mean: bool = True  # or the sum
+
     def apply(self, state: State, left: Kept, right: Kept) -> None:
         """See :meth:`Layer.apply`; nothing where there are no pixels."""
-        if state.copies == 0:
-            return
-        pixels = state.s.shape[-2] * state.s.shape[-1]
-        letters = "ab" if state.copies == 1 else "abab"
-        state.s = np.einsum(f"...{letters}->...", state.s) / pixels
-        state.theta = np.einsum(f"...{letters}->...", state.theta) / pixels
-        state.fan_in *= pixels
+        state.flatten(is_mean=self.is_mean)
+
+    def sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """See :meth:`Layer.sizes`."""
+        return ()
+
+
+def said(sizes: tuple[int, ...]) -> str:
+    """Height and width in words."""
+    return f"{sizes[0]} × {sizes[1]} pixels" if sizes else "features"
+
+
+def require_layers(given: Sequence[Any], where: str) -> None:
+    """Refuse what is no layer."""
+    for number, each in enumerate(given):
+        if not isinstance(each, Layer):
+            needed = "layers, such as Dense() or Activation('relu')"
+            raise ConfigError(f"{where}: part {number + 1} is {each!r}; needed {needed}")
 
 
 def through(layers: Sequence[Layer], state: State, left: Kept, right: Kept) -> None:
