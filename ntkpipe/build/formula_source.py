@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +48,8 @@ _TILE_FLOPS = 2e11  # of a tile, at most, where no tile is asked for: decided by
 _TIMED_SECONDS, _TIMED_TRIES = 0.5, 3
 _TIMED_SAMPLES, _TIMED_FLOPS = 1024, 2e9  # of a tile that is timed, at most
 _MOST_SECONDS = 24 * 3600.0  # of a run that is not forced
-_SLOW_SECONDS = 20.0  # of a certificate
+_SLOW_SECONDS = 5.0  # of rows of one set, for entries one by one
+_SLOW_FLOPS = 1e7  # of such an entry: scalar ones take about a microsecond
 _SCAN_BYTES = 32 * 2**20
 
 
@@ -222,11 +223,14 @@ class FormulaProducts(RowProducts):
     """K v in a random row of each row of tiles, so that every tile takes part; random entries by a slow path."""
 
     by_tolerance = True
-    words: ClassVar[Mapping[str, Any]] = {"by_formula": True}
 
     def __init__(self, source: FormulaSource, signs: Vector, progress: bool) -> None:
         self._source, self._signs, self._progress = source, signs, progress
-        self._net, self._tile = source.engine.net, source.manifest.tile
+        self._net, self._tile, self._num_slow = source.engine.net, source.manifest.tile, 0
+
+    def words(self) -> Mapping[str, Any]:
+        """See :meth:`RowProducts.words`."""
+        return {"by_formula": True, "slow_entries": self._num_slow}
 
     def _read(self, split: str, start: int, stop: int) -> NDArray[Any]:
         (values,) = self._source.samples[split].source.read(start, stop).values()
@@ -257,6 +261,7 @@ class FormulaProducts(RowProducts):
         samples = np.concatenate([self._read(split, row, row + 1) for row in picked.tolist()])
         left, count = self._net.prepare(samples), len(self._signs)
         found, slow = np.zeros((2, len(picked))), self._chosen(samples, count)
+        self._num_slow += len(slow)
         spans = Span(0, count).cut(self._tile)
         with Ticks(len(spans), what=f"rows of {split}", unit="step", enabled=self._progress) as ticks:
             for span in spans:
@@ -273,14 +278,13 @@ class FormulaProducts(RowProducts):
 
     def _chosen(self, samples: NDArray[Any], count: int) -> list[tuple[int, int]]:
         """Entries for the slow path, as many as its time allows, at least one a row."""
-        with suppress(NotImplementedError):
-            start = perf_counter()
-            self._net.slow(samples[0], samples[-1])
-            seconds = perf_counter() - start
-            every = np.random.default_rng(3).permutation(len(samples) * count)
-            most = max(len(samples), int(_SLOW_SECONDS / seconds))
-            return [divmod(int(n), count) for n in every[:most]]
-        return []
+        if self._source.engine.cost.pair_flops > _SLOW_FLOPS:
+            return []
+        start = perf_counter()
+        self._net.slow(samples[0], samples[-1])
+        most = max(len(samples), int(_SLOW_SECONDS / (perf_counter() - start)))
+        every = np.random.default_rng(3).permutation(len(samples) * count)
+        return [divmod(int(n), count) for n in every[:most]]
 
 
 def as_network(value: object) -> Network:
