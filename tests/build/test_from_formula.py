@@ -252,6 +252,10 @@ def test_solvers_analyses_and_reports_work_on_it(store, tmp_path):
     solved = ntkpipe.solve(kept.group("nngp").train, np.ones(18), ridge=0.1)
     wanted = np.linalg.solve(kept.group("nngp").train[:] + 0.1 * np.eye(18), np.ones(18))
     np.testing.assert_allclose(solved.coefficients.ravel(), wanted, rtol=1e-8)
+    labels = np.eye(3)[np.arange(18) % 3]
+    fitted = ntkpipe.KernelRegression(ridge=0.1).fit(kept)
+    outputs = kept.test_train[:] @ np.linalg.solve(matrix + 0.1 * np.eye(18), labels)
+    np.testing.assert_array_equal(fitted.predict(kept.test_train), outputs.argmax(axis=1))
     assert ntkpipe.run_step(kept, "spectrum").is_good
     compute(tmp_path / "model", kind="trace", targets=np.arange(18) % 3)
     compared = ntkpipe.compare_kernels(tmp_path / "model", store, k=3)
