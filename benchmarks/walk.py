@@ -122,6 +122,8 @@ def watched(run: Callable[[str], object]) -> Walk:
     """The walk of one run, which is given the mode."""
     mode = "".join(["w", "-"])  # a text of its own, which no constant of the package is
     walk = Walk(mode)
+    with contextlib.suppress(ModuleNotFoundError):  # what one run learns of the model would spare the next a part
+        importlib.import_module("ntkpipe.jacobian.learnt").forget()
     with contextlib.redirect_stderr(io.StringIO()):
         threading.setprofile(walk)
         sys.setprofile(walk)

@@ -15,6 +15,7 @@ from comparison.work import NUM_OUTPUTS, Work
 from ntkpipe.base.config import KernelSpec, RunSpec
 from ntkpipe.build.in_memory import build_matrix, kernel_matrix, settle_matrix
 from ntkpipe.build.prepare import Request, Settled, exact_single_thread
+from ntkpipe.jacobian import learnt
 from ntkpipe.jacobian.model.samples import as_samples
 
 # Jacobians of a part of the samples, for torch.func; two such parts are contracted.
@@ -83,6 +84,7 @@ class WholeCall(Ours):
     name = "whole call"
 
     def kernel(self, size: int) -> Tensor:
+        learnt.forget()  # of a model that was seen, less would be measured
         options = {"kind": self.work.kind, "workers": self.workers, "self_check": False, "device": "cpu"}
         return torch.from_numpy(kernel_matrix(deepcopy(self.model), self.inputs[:size], **options))
 

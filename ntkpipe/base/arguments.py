@@ -251,7 +251,7 @@ PARAMETERS = {
     "Never TF32.",
     "store_dtype": "dtype of the matrix; default ``accumulate_dtype``.",
     "device": 'Where to compute: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; default the first GPU if there is one.',
-    "self_check": "Compare the engine with plain ``torch.func`` on three samples before the first tile.",
+    "self_check": "Compare the engine with plain autograd on three samples before the first tile.",
     "code": "Folder whose Python files are sent to the workers; needed only for a model defined in one of them.",
     "workers": "Threads, each with single-threaded arithmetic; default one per core. Results do not depend on it.",
     "jacobian": 'How Jacobians are found: ``"structured"``, or ``"fallback"`` for plain ``torch.func`` throughout.',

@@ -138,7 +138,7 @@ class RunSpec(Spec):
     # Single-threaded workers in this process, or processes for `scheduler: local`; default one per core, on a GPU one.
     # Any other scheduler brings its own workers.
     workers: Positive | None = None
-    self_check: bool = True  # compare the engine with plain `torch.func` before the first tile
+    self_check: bool = True  # compare the engine with plain autograd before the first tile
     force: bool = False  # of a network of infinite width: begin even what is expected to take more than a day
     # Address of a Dask scheduler, such as `tcp://host:8786`, or `local` for single-threaded processes on this machine,
     # one for each GPU if there are any. Default threads of this process.

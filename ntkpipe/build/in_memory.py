@@ -260,7 +260,7 @@ def jacobian_operator(
     ConfigError, DataError, ModelError
         If an option is wrong, the kind has a matrix for each output, or samples or model cannot be used as they are.
     SelfCheckError
-        If its Jacobians are not what plain ``torch.func`` says, or depend on the rest of the batch.
+        If its Jacobians are not what plain autograd says, or depend on the rest of the batch.
     """
     given = locals()
     check_number("batch", batch, low=2)

@@ -18,8 +18,10 @@ from ntkpipe.base.kinds import INFINITE, MAX_PLANES, Kind, Plane, get_kind, matc
 from ntkpipe.base.paths import said
 from ntkpipe.base.resources import available_memory, num_cores, process_memory
 from ntkpipe.build.plan import Machine, Plan, Workload
+from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.engine import DataDependentError, Engine
 from ntkpipe.jacobian.fallback import JacobianProducts, batch_size, take
+from ntkpipe.jacobian.learnt import key_of
 from ntkpipe.jacobian.model.device import exact_math, free_memory, is_out_of_memory, sizes_of, without_tf32
 from ntkpipe.jacobian.model.functional import (
     DTYPES,
@@ -30,6 +32,7 @@ from ntkpipe.jacobian.model.functional import (
     resolve_device,
     uncompiled,
 )
+from ntkpipe.jacobian.model.memory import keep_freed_memory, return_freed_memory
 from ntkpipe.jacobian.model.samples import Samples, as_samples, require_same_arrays
 from ntkpipe.jacobian.model.state import num_bytes
 from ntkpipe.jacobian.probe import Probed, make_engine, probe, probe_samples
@@ -52,6 +55,7 @@ def exact_single_thread(compute_dtype: ComputeDtype = "float32") -> Iterator[Non
     """The arithmetic of every tile, until the context is left: one thread, no fused paths, TF32 only on request."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    keep_freed_memory()
     try:
         with exact_math(tf32=compute_dtype == "tf32"), torch.inference_mode(False), torch.enable_grad():
             yield
@@ -195,7 +199,10 @@ def prepare(
         tf32=spec.compute_dtype == "tf32",
     )
     load = partial(_load, functional, train)
-    probed = probe(functional, load, train.num_samples, structured=spec.jacobian == "structured")
+    asked = spec.model_dump_json(exclude={"parameters", "tile", "store_dtype"}), functional.names
+    key = partial(key_of, request.model, request.forward, *asked, str(functional.device), sizes_of(functional.device))
+    is_structured = spec.jacobian == "structured"
+    probed = probe(functional, load, train.num_samples, structured=is_structured, key_of=lambda x: key(batch=x))
     num_outputs = probed.num_outputs
     groups = match_groups(spec.groups, functional.names)
     count = num_planes(spec.kind, num_outputs, len(groups))
@@ -221,9 +228,7 @@ def products_of(prepared: Prepared, tile: int, strip: int, subtile: int, batch: 
 def workload_of(prepared: Prepared, engine: Engine, grids: Mapping[str, Grid], num_test: int = 0) -> Workload:
     """What is to be computed; measures the cost of Jacobians."""
     spec, module = prepared.spec, engine.model.module
-    samples = probe_samples(prepared.train.num_samples)
-    chosen = [samples[i % len(samples)] for i in range(_COST_BATCH)]
-    cost = engine.cost(prepared.load(chosen), chosen)
+    cost = _cost(prepared, engine)
     copied = num_bytes((*module.parameters(), *module.buffers()))  # by each worker
     fixed = cost.fixed_workspace_bytes + copied + _LIBRARY_BYTES
     return Workload(
@@ -238,10 +243,25 @@ def workload_of(prepared: Prepared, engine: Engine, grids: Mapping[str, Grid], n
     )
 
 
+def _cost(prepared: Prepared, engine: Engine) -> Cost:
+    """What a sample costs, measured once for each way in which the Jacobians of a model are found and held."""
+    chosen, known = probe_samples(prepared.train.num_samples)[:_COST_BATCH], prepared.probed.learnt.costs
+    batch, key = prepared.load(chosen), (*engine.representations.items(), engine.setup.piece_rows)
+    if key not in known:
+        known[key] = engine.cost(batch, chosen)
+    else:
+        with engine.model.turn:  # values are looked at each time: operations may depend on them
+            for size in (_COST_BATCH, _COST_BATCH // 2):
+                engine.forward(take(batch, range(size)))
+    return known[key]
+
+
 def this_machine(
     device: torch.device, rate: float, run: RunSpec, *, result_bytes: int = 0, free_disk: int | None = None
 ) -> Machine:
     """What this process may use, of which ``result_bytes`` are taken; one worker does ``rate`` operations a second."""
+    if run.memory_limit is not None:
+        return_freed_memory()
     base = process_memory() + result_bytes
     limit = run.memory_limit or base + int(_SHARE_OF_MEMORY * max(0, available_memory() - result_bytes))
     if device.type == "cuda":

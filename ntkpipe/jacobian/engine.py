@@ -17,7 +17,7 @@ from ntkpipe.jacobian.model.device import is_out_of_memory, release_memory, size
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
 from ntkpipe.jacobian.model.samples import show_samples
 from ntkpipe.jacobian.representations.dense import Dense
-from ntkpipe.jacobian.representations.interface import Pulled, Representation, Setup, Term
+from ntkpipe.jacobian.representations.interface import Factored, Pulled, Representation, Setup, Term
 from ntkpipe.jacobian.representations.pieces import Piece
 from ntkpipe.jacobian.representations.sums import Pairs, Workspace
 from ntkpipe.jacobian.representations.terms import make_terms
@@ -81,6 +81,11 @@ class Engine:
         self.every_term = (*self.terms, *self.fallback_terms)
         self.covectors = setup.covectors.to(device=model.device, dtype=model.dtype)
         self.workspace = Workspace()
+
+    @property
+    def _waits(self) -> bool:
+        """Whether gradients of several covectors are held at once: to be multiplied with inputs, not to be kept."""
+        return not all(issubclass(term.held_as, Factored) for term in self.terms)
 
     @property
     def representations(self) -> dict[str, str]:
@@ -227,12 +232,12 @@ class Engine:
         outputs, calls, count = recorded.outputs, recorded.calls, len(self.covectors)
         unused = [self.parameters[name] for name in self.tracing.unused]
         num_bytes = sum(calls[n].blank().numel() for n in numbers if calls[n].edge is not None) * outputs.itemsize
-        step = max(1, min(count, sizes_of(self.covectors.device).gradient_bytes // max(1, num_bytes)))
+        most = sizes_of(self.covectors.device).gradient_bytes if every_use or self._waits else 0
+        step = max(1, min(count, most // max(1, num_bytes)))
         for start in range(0, count, step):
             found = []
             for number in range(start, min(start + step, count)):
-                # Memory of their own, which hooks may change in place.
-                covectors = self.covectors[number].to(outputs.dtype).repeat(len(outputs), 1)
+                covectors = self.covectors[number].to(outputs.dtype).expand(len(outputs), -1)
                 keeps = number + 1 < count
                 grads, others = recorded.pulled(covectors, unused, numbers, keeps_graph=keeps or keeps_graph)
                 if any(grad is not None for grad in others):
@@ -300,10 +305,11 @@ class Engine:
     def cost(self, batch: Batch, samples: Sequence[int] | None = None) -> Cost:
         """Measure what one sample costs by running ``batch``, of these samples, and its first half; B is at least 4."""
         size, count, numbers = batch_size(batch), len(self.covectors), samples or range(batch_size(batch))
-        found = self._of_few(min(count, _METERED))._metered(batch, numbers)
-        if count > _METERED:  # each further covector costs the same
-            less = self._of_few(_METERED // 2)._metered(batch, numbers)
-            found += (found - less) * (count - _METERED) / (_METERED - _METERED // 2)
+        most = _METERED if self._waits or self.fallback else 2
+        found = self._of_few(min(count, most))._metered(batch, numbers)
+        if count > most:  # each further covector costs the same
+            less = self._of_few(most // 2)._metered(batch, numbers)
+            found += (found - less) * (count - most) / (most - most // 2)
         (flops, whole_bytes, _), (_, num_bytes, largest) = found[0].tolist(), (found[0] - found[1]).tolist()
         slope = max(0, int(num_bytes)) // (size - size // 2)
         return Cost(
@@ -326,11 +332,10 @@ class Engine:
     def _metered(self, batch: Batch, samples: Sequence[int]) -> Tensor:
         """Operations, bytes and the largest tensor's bytes of a batch, and of its first half."""
         half = take(batch, range(batch_size(batch) // 2))
-        self.piece(half)  # lazy initialisation is not a cost of the batch
+        with make_meter() as part:
+            self.piece(half)
         with make_meter() as whole:
             piece, outputs = self.piece(batch)
         JacobianBlock((piece,), outputs).require_finite("train", samples)
-        with make_meter() as part:
-            self.piece(half)
         found = [[each.num_flops, each.num_bytes, each.largest_bytes] for each in (whole, part)]
         return torch.tensor(found, dtype=torch.float64)

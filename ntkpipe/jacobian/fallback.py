@@ -4,7 +4,7 @@ So are products J'v and J u with the Jacobian of a whole data set, for which tha
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from ntkpipe.base.grid import Span
 from ntkpipe.base.paths import said
 from ntkpipe.jacobian.model.device import Alone, is_out_of_memory
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
+from ntkpipe.jacobian.model.gradients import autograd_vjp
 from ntkpipe.jacobian.model.samples import Source
 
 
@@ -60,17 +61,37 @@ def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
     # Each sample is run beside a copy of itself: in torch 2.13 on the CPU the backward of batch_norm and instance_norm
     # is wrong for a batch of one where input and gradient differ in memory layout.
     parameters = [model.parameters[name] for name in names]
-    samples = []
+    found = _zeros(parameters, batch, covectors)
     for sample in range(batch_size(batch)):
         outputs = model(take(batch, (sample, sample)))[0]
-        rows = []
+        for number, covector in enumerate(covectors if outputs.requires_grad else ()):
+            keep = number + 1 < len(covectors)
+            grads = autograd_vjp(outputs, covector, parameters, retain_graph=keep, materialize_grads=True)
+            _copy(grads, found[number, sample])
+    return found
+
+
+def by_vjp(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covectors: Tensor) -> Tensor:
+    """The same by ``torch.func.vjp``, one sample at a time, by which the loop is judged."""
+    parameters = {name: model.parameters[name].detach() for name in names}
+    found = _zeros(parameters.values(), batch, covectors)
+    for sample in range(batch_size(batch)):
+        single = take(batch, [sample])
+        outputs, vjp = torch.func.vjp(lambda values, single=single: model.call_with(values, single), parameters)[:2]
+        model.require_replaced(outputs)
         for number, covector in enumerate(covectors):
-            keep, grads = number + 1 < len(covectors), tuple(torch.zeros_like(value) for value in parameters)
-            if outputs.requires_grad:
-                grads = torch.autograd.grad(outputs, parameters, covector, retain_graph=keep, materialize_grads=True)
-            rows.append(torch.cat([grad.to_dense().reshape(-1) for grad in grads]))
-        samples.append(torch.stack(rows))
-    return torch.stack(samples, dim=1)
+            (grads,) = vjp(covector[None].to(outputs.dtype, copy=True))  # a copy, which hooks may change in place
+            _copy([grads[name].detach() for name in names], found[number, sample])
+    return found
+
+
+def _zeros(parameters: Iterable[Tensor], batch: Batch, covectors: Tensor) -> Tensor:
+    return covectors.new_zeros((len(covectors), batch_size(batch), sum(value.numel() for value in parameters)))
+
+
+def _copy(grads: Sequence[Tensor], row: Tensor) -> None:
+    for grad, part in zip(grads, row.split([grad.numel() for grad in grads]), strict=True):
+        part.view(grad.shape).copy_(grad.to_dense())
 
 
 METHODS = {"vmap": by_vmap, "loop": by_loop}
@@ -138,7 +159,7 @@ class JacobianProducts:
                 outputs = self.model(batch)
                 seed = torch.zeros_like(outputs)
                 seed[: len(span)] = by_sample[span.start : span.stop].to(self.covectors) @ self.covectors
-                grads = torch.autograd.grad(outputs, list(parameters.values()), seed, allow_unused=True)
+                grads = autograd_vjp(outputs, seed, list(parameters.values()), allow_unused=True)
             for name, grad in zip(parameters, grads, strict=True):
                 if grad is not None:
                     total[name] += grad
@@ -159,8 +180,8 @@ class JacobianProducts:
                 for left, (number, label) in zip(reversed(range(len(wanted))), wanted, strict=True):
                     seed = torch.zeros_like(outputs)
                     seed[np.flatnonzero(own[:, number] == label)] = self.covectors[number].to(outputs)
-                    found = torch.autograd.grad(
-                        outputs, list(parameters.values()), seed, retain_graph=left > 0, allow_unused=True
+                    found = autograd_vjp(
+                        outputs, seed, list(parameters.values()), retain_graph=left > 0, allow_unused=True
                     )
                     pairs = zip(parameters, found, strict=True)
                     yield label, {name: grad.to_dense() for name, grad in pairs if grad is not None}

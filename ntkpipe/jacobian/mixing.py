@@ -17,6 +17,7 @@ from ntkpipe.base.config import ComputeDtype
 from ntkpipe.base.errors import ModelError
 from ntkpipe.jacobian.fallback import batch_size, take
 from ntkpipe.jacobian.model.functional import DTYPES, MIXING_TOLERANCE, Batch, FunctionalModel
+from ntkpipe.jacobian.model.gradients import autograd_vjp
 
 # Relative changes up to these are rounding, of deep models too; larger ones are looked into.
 FLOOR = {"float64": 1e-12, "float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-2}
@@ -174,6 +175,5 @@ def gradients_of(parameters: Mapping[str, Tensor], outputs: Tensor, seeds: Tenso
     """Gradients of the parameters that any arrive at, by one backward pass."""
     if not outputs.requires_grad:
         return {}
-    seeds = seeds.clone()  # which hooks may change in place
-    found = torch.autograd.grad(outputs, list(parameters.values()), seeds, retain_graph=True, allow_unused=True)
+    found = autograd_vjp(outputs, seeds, list(parameters.values()), retain_graph=True, allow_unused=True)
     return {name: each.to_dense() for name, each in zip(parameters, found, strict=True) if each is not None}

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from ntkpipe.base.errors import ModelError, NonFiniteError, NtkpipeError
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import take
+from ntkpipe.jacobian.learnt import Learnt, keep, recall
 from ntkpipe.jacobian.mixing import (
     FLOOR,
     MIXES,
@@ -27,7 +29,16 @@ from ntkpipe.jacobian.model.functional import MIXING_TOLERANCE, Batch, Functiona
 from ntkpipe.jacobian.model.samples import show_samples
 from ntkpipe.jacobian.representations.interface import Setup
 from ntkpipe.jacobian.tracing.recorder import Recorder
-from ntkpipe.jacobian.tracing.trace import Pass, Tracing, leaves, next_expansion, nothing_traced, trace
+from ntkpipe.jacobian.tracing.trace import (
+    NO_RULE,
+    NOT_WANTED,
+    Pass,
+    Tracing,
+    leaves,
+    next_expansion,
+    nothing_traced,
+    trace,
+)
 
 Load = Callable[[Sequence[int]], Batch]
 
@@ -42,8 +53,13 @@ class Probed:
 
     model: FunctionalModel  # its convolutions channels last where that is faster
     num_outputs: int  # O
-    tracing: Tracing
+    learnt: Learnt  # what holds for other weights, too
     batch: Batch  # the samples
+
+    @property
+    def tracing(self) -> Tracing:
+        """How it uses its parameters."""
+        return self.learnt.tracing
 
 
 def probe_samples(num_samples: int) -> list[int]:
@@ -51,19 +67,40 @@ def probe_samples(num_samples: int) -> list[int]:
     return [int(i) for i in np.linspace(0, num_samples - 1, 5)]
 
 
-def probe(model: FunctionalModel, load: Load, num_samples: int, *, structured: bool) -> Probed:
-    """Run the model on three batches of a few samples: check that it has a kernel, and find how it uses parameters."""
+def probe(
+    model: FunctionalModel,
+    load: Load,
+    num_samples: int,
+    *,
+    structured: bool,
+    key_of: Callable[[Batch], str | None] = lambda _: None,
+) -> Probed:
+    """Run the model on three batches of a few samples: check that it has a kernel, and find how it uses parameters.
+
+    Under the key of a batch it is kept what code and shapes decide. All that looks at values is done each time.
+    """
     with watched_sharing(model.parameters.values()) as is_sharing:
-        probed = _probed(model, load, num_samples, structured)
+        probed = _probed(model, load, num_samples, structured, key_of)
     return replace(probed, model=replace(probed.model, turn=Alone())) if is_sharing() else probed
 
 
-def _probed(model: FunctionalModel, load: Load, num_samples: int, structured: bool) -> Probed:
+def _probed(
+    given: FunctionalModel,
+    load: Load,
+    num_samples: int,
+    structured: bool,
+    key_of: Callable[[Batch], str | None],
+) -> Probed:
     chosen = probe_samples(num_samples)
     batch = load(chosen)
-    model, limit = model.with_fast_layout(batch), MIXING_TOLERANCE[model.arithmetic]
+    key = key_of(batch)
+    if (known := recall(key)) is None:
+        model = given.with_fast_layout(batch)
+    else:
+        model = given.channels_last() if known.is_channels_last else given
+    limit = MIXING_TOLERANCE[model.arithmetic]
     parameters, batches = model.parameters, [take(batch, order) for order in _PROBES]
-    problems, before = [] if structured else ["structure was switched off"], model.snapshot()
+    problems, before = [] if structured else [NOT_WANTED], model.snapshot()
     with torch.enable_grad():
         with _added_to(problems):
             passes, expansions = record_passes(model, batches) if structured else ([], frozenset())
@@ -77,7 +114,7 @@ def _probed(model: FunctionalModel, load: Load, num_samples: int, structured: bo
         raise ModelError(MIXES.format("outputs", f"change by {mixing:.2g} (of {scale:.2g})"))
     warn_of_lower_precision(outputs[0], model.arithmetic)
     with watched_gradients(parameters.values()) as is_keeping:
-        gradients, gap = _gradients(model, outputs)
+        gradients, gap, is_finite = _gradients(model, outputs)
     if is_keeping():
         raise ModelError(
             "the model's backward pass adds gradients to parameters' .grad and does not return them, as a Function "
@@ -89,8 +126,17 @@ def _probed(model: FunctionalModel, load: Load, num_samples: int, structured: bo
     reached = _reached(passes[:2], gradients, parameters, model.constants())
     tracing = None
     with _added_to(problems):
-        tracing = trace(parameters, passes, reached, expansions) if not problems else None
-    return Probed(model, outputs[0].shape[1], tracing or nothing_traced(parameters, problems[0]), batch)
+        if not problems and known is not None:
+            tracing = trace(parameters, passes, reached, expansions, is_known=True)
+        if not problems and (known is None or tracing != known.tracing):
+            tracing = trace(parameters, passes, reached, expansions)
+    tracing = tracing or nothing_traced(parameters, problems[0])
+    # The cost of Jacobians that are not finite is measured, which names their samples; other reasons are of the data.
+    is_kept = key is not None and is_finite and {NO_RULE, NOT_WANTED}.issuperset(tracing.fallback.values())
+    learnt = known if known is not None and tracing == known.tracing else Learnt(model is not given, tracing)
+    if key is not None and is_kept:
+        keep(key, learnt)
+    return Probed(model, outputs[0].shape[1], learnt if is_kept else replace(learnt, costs={}), batch)
 
 
 def make_engine(probed: Probed, setup: Setup) -> Engine:
@@ -143,8 +189,8 @@ def _mixing(outputs: Sequence[Tensor], chosen: Sequence[int]) -> tuple[float, fl
     return max(gaps, key=lambda gap: (gap != gap, gap)), float(first.abs().max()) or 1.0
 
 
-def _gradients(model: FunctionalModel, outputs: Sequence[Tensor]) -> tuple[set[str], float]:
-    """Parameters that gradients of the outputs arrive at, and by how much gradients differ between two batches."""
+def _gradients(model: FunctionalModel, outputs: Sequence[Tensor]) -> tuple[set[str], float, bool]:
+    """Parameters that gradients of outputs arrive at, by how much those of two batches differ, if all are finite."""
     # Those of three samples by themselves; among five, pulled back together, as the difference to the other two.
     (first, second, _), parameters = _PROBES, model.parameters
     try:
@@ -155,7 +201,8 @@ def _gradients(model: FunctionalModel, outputs: Sequence[Tensor]) -> tuple[set[s
         raise
     except Exception as error:  # a backward of its own may raise anything
         raise model.failure(error, "where autograd differentiated it") from error
-    return whole.keys() | alone.keys(), distance(among, alone, whole)
+    is_finite = isfinite(sum(float(value.sum()) for value in whole.values()))
+    return whole.keys() | alone.keys(), distance(among, alone, whole), is_finite
 
 
 def _reached(

@@ -1,4 +1,4 @@
-"""The self-check: the engine against plain ``torch.func``, one sample at a time, parameter by parameter."""
+"""The self-check: the engine against plain autograd, one sample at a time, parameter by parameter."""
 
 import math
 import sys
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from ntkpipe.base.errors import NonFiniteError, SelfCheckError
 from ntkpipe.jacobian.engine import Engine
-from ntkpipe.jacobian.fallback import batch_size, by_loop, take
+from ntkpipe.jacobian.fallback import by_loop, by_vjp, take
 from ntkpipe.jacobian.mixing import FLOOR, SMALL, require_repeatable, require_single
 from ntkpipe.jacobian.model.device import Alone, is_out_of_memory
 from ntkpipe.jacobian.model.functional import Batch, FunctionalModel
@@ -29,7 +29,7 @@ from ntkpipe.jacobian.representations.sums import Workspace
 
 _NUM_SAMPLES = 3
 _MAX_COVECTORS = 4
-_MAX_BATCH = 64
+_MIN_BATCH, _MAX_BATCH = 8, 32  # where the run's is not smaller still
 # Memory for the Jacobians of the chosen samples; even a single random covector covers every output.
 _SHARE_OF_MEMORY, _JACOBIAN_BYTES = 0.5, 256 * 2**20
 # |dK_p| <= tol * sqrt(K_p,ii K_p,jj) + eps * sqrt(K_ii K_jj). Models that compute parts in float32 whatever their
@@ -54,7 +54,7 @@ class CheckReport:
     samples: tuple[int, ...]  # the samples that were compared
     num_covectors: int  # random covectors a sample
     dtype: str  # dtype of the comparison; float64 unless the model cannot run in it
-    reference: str  # `torch.func`, or plain autograd with the reason why `torch.func` could not run the model
+    reference: str  # what computed it: plain autograd, or torch.func; in brackets what the other stumbled over
     worst_parameter: str  # parameter whose kernel has the largest error
     worst_error: float  # that error, on the scale sqrt(K_p,ii K_p,jj)
     compute_error: float  # error of the whole kernel in the compute dtype, on the scale sqrt(K_ii K_jj)
@@ -139,7 +139,8 @@ class _Check:
 
     def __init__(self, engine: Engine, load: Load, num_samples: int, batch: int, memory_bytes: int) -> None:
         generator = np.random.default_rng(0)
-        size = max(2, min(batch, _MAX_BATCH, num_samples))
+        same_bytes = batch * engine.model.dtype.itemsize // 8  # samples in float64
+        size = max(2, min(batch, max(_MIN_BATCH, same_bytes), _MAX_BATCH, num_samples))
         picked = generator.choice(num_samples, size=size, replace=num_samples < size)
         self.places = sorted(int(i) for i in generator.choice(size, size=min(_NUM_SAMPLES, size), replace=False))
         self.chosen = [int(picked[place]) for place in self.places]
@@ -149,26 +150,27 @@ class _Check:
         affordable = int(min(_SHARE_OF_MEMORY * memory_bytes / 3, _JACOBIAN_BYTES) / max(1, row_bytes))
         count = max(1, min(_MAX_COVECTORS, num_outputs, affordable))
         self.covectors = torch.from_numpy(generator.standard_normal((count, num_outputs)))
+        self.reference: Jacobians = {}
+        self.grams: dict[str, Tensor] = {}
+        self.reference_wrong: set[str] = set()
         try:
-            found = self._refer(engine.model.converted(torch.float64))
+            self._refer(engine.model.converted(torch.float64), engine.method)
         except Exception as error:
-            if is_out_of_memory(error):
+            if isinstance(error, NonFiniteError) or is_out_of_memory(error):
                 raise
-            found = self._refer(engine.model)  # some operations exist in float32 alone; there the model has run before
-        self.reference, self.reference_name = found
-        finite = _finite(self.reference)
+            # Some operations exist in float32 alone; there the model has run before.
+            self._refer(engine.model, engine.method)
+
+    def _refer(self, model: FunctionalModel, method: str) -> None:
+        """Find the Jacobians by which an engine with this method for its fallback is judged."""
+        dtype, self.judged = model.dtype, method
+        self.model, self._cast = model, tree_map(lambda v: v.to(dtype) if v.is_floating_point() else v, self._batch)
+        found, self.reference_name, finite = _reference(model, take(self._cast, self.places), self.covectors, method)
         if not all(finite):
             bad = [number for number, is_finite in zip(self.chosen, finite, strict=True) if not is_finite]
             shown = show_samples(sorted({*bad}))
             raise NonFiniteError(f"Jacobians of {shown} are NaN or infinite; leave those out, or correct the model")
-        self.grams: dict[str, Tensor] = {}
-        self._refer_to(self.reference)
-        self.reference_wrong: set[str] = set()
-
-    def _refer(self, model: FunctionalModel) -> tuple[Jacobians, str]:
-        dtype = model.dtype
-        self.model, self._cast = model, tree_map(lambda v: v.to(dtype) if v.is_floating_point() else v, self._batch)
-        return _reference(model, take(self._cast, self.places), self.covectors)
+        self._refer_to({name: jacobian for name, jacobian in found.items() if name not in self.reference_wrong})
 
     def _refer_to(self, jacobians: Jacobians) -> None:
         """Take some parameters' Jacobians as the reference."""
@@ -181,6 +183,8 @@ class _Check:
         """Move what fails to the fallback, then to the loop, unless finite differences show the reference wrong."""
         moved: dict[str, str] = {}
         while True:
+            if engine.method != self.judged:
+                self._refer(self.model, engine.method)
             found = self._jacobians(engine)
             grams = {name: _gram(jacobian) for name, jacobian in found.items()}
             if not moved:
@@ -205,7 +209,7 @@ class _Check:
                 engine = engine.with_working_method(take(self._batch, self.places))
             elif engine.method == "loop":
                 raise SelfCheckError(
-                    "the reference (torch.func.vjp, one sample at a time) and the plain loop disagree on "
+                    f"the reference ({self.reference_name}, one sample at a time) and the plain loop disagree on "
                     + ", ".join(f"{name} ({reason})" for name, reason in failed.items())
                     + ": gradients of this model depend on how it is run, so no kernel of it can be trusted"
                 )
@@ -230,7 +234,7 @@ class _Check:
         piece, _ = whole.piece(take(self._batch, places))
         found = contract(piece, piece, Workspace())
         order, count = [places.index(place) for place in self.places], len(self.covectors)
-        rows = [place * count + number for place in order for number in range(count)]
+        rows = [place * count + number for number in range(count) for place in order]
         found = found[rows][:, rows]
         gap = (found.double() - self.total).abs()
         return float((gap / self.scale.clamp_min(_TINY)).max())
@@ -308,44 +312,32 @@ class _Check:
         return gaps[0] < 0.01 * gaps[1]
 
 
-def _reference(model: FunctionalModel, batch: Batch, covectors: Tensor) -> tuple[Jacobians, str]:
-    """Jacobians, one sample at a time, and what computed them."""
-    # By ``torch.func.vjp``; by plain autograd what that cannot run (checkpoints, scripted modules) or would get wrong.
-    covectors = covectors.to(model.device)
-    try:
-        found = _by_vjp(model, batch, covectors)
-        if all(_finite(found)):
-            return found, "torch.func"
-        reason = "NaN for a batch of one"
-    except Exception as error:  # noqa: BLE001 - reported; whatever torch.func stumbles over, autograd has run before
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.120}"
+def _reference(
+    model: FunctionalModel, batch: Batch, covectors: Tensor, method: str
+) -> tuple[Jacobians, str, list[bool]]:
+    """Jacobians, one sample at a time, what computed them, and whether those of each sample are finite."""
+    # By the one of two ways that the engine does not use itself; by the other where that fails or gives NaN.
+    ways = [("plain autograd", by_loop), ("torch.func", by_vjp)]
     widths = {name: parameter.numel() for name, parameter in model.parameters.items()}
-    whole = by_loop(model, tuple(widths), batch, covectors.to(model.dtype)).double()
-    return dict(zip(widths, whole.split(list(widths.values()), dim=2), strict=True)), f"plain autograd ({reason})"
-
-
-def _by_vjp(model: FunctionalModel, batch: Batch, covectors: Tensor) -> Jacobians:
-    parameters = {name: value.detach() for name, value in model.parameters.items()}
-    found: list[Jacobians] = []
-    for sample in range(batch_size(batch)):
-        single = take(batch, [sample])
-        outputs, vjp = torch.func.vjp(lambda values, single=single: model.call_with(values, single), parameters)[:2]
-        model.require_replaced(outputs)
-        # Copies, which hooks may change in place.
-        grads = [vjp(covector[None].to(outputs.dtype, copy=True))[0] for covector in covectors]
-        found.append({name: torch.stack([each[name].reshape(-1).double() for each in grads]) for name in parameters})
-    # Samples first in memory, as Gram matrices take them.
-    return {name: torch.stack([rows[name] for rows in found]).transpose(0, 1) for name in parameters}
-
-
-def _finite(jacobians: Jacobians) -> list[bool]:
-    """Whether the Jacobians of each sample are finite."""
-    found = [torch.isfinite(values.sum(dim=2)).all(dim=0) for values in jacobians.values()]
-    return [bool(each) for each in torch.stack(found).all(dim=0)]
+    covectors, problem = covectors.to(model.device, model.dtype), ""
+    for name, way in reversed(ways) if method == "loop" else ways:
+        try:
+            whole = way(model, tuple(widths), batch, covectors).double()
+            finite = torch.isfinite(whole.sum(dim=2)).all(dim=0)
+            if problem or finite.all():
+                parts = whole.split(list(widths.values()), dim=2)
+                return dict(zip(widths, parts, strict=True)), name + problem, finite.tolist()
+            problem = " (NaN)"
+        except Exception as error:
+            if problem or is_out_of_memory(error):
+                raise
+            problem = f" ({type(error).__name__}: {str(error).partition(chr(10))[0]:.120})"
+    raise AssertionError
 
 
 def _gram(jacobian: Tensor) -> Tensor:
-    rows = jacobian.transpose(0, 1).flatten(0, 1)
+    """Gram matrix of rows in the order (covector, sample)."""
+    rows = jacobian.flatten(0, 1)
     return rows @ rows.T
 
 

@@ -6,7 +6,7 @@ import torch
 from reference import redraw
 from torch import nn
 
-from ntkpipe.jacobian.fallback import METHODS, batch_size, by_loop, by_vmap, take
+from ntkpipe.jacobian.fallback import METHODS, batch_size, by_loop, by_vjp, by_vmap, take
 from ntkpipe.jacobian.model.functional import prepare_model
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -29,14 +29,17 @@ def functional(model):
     return prepare_model(model, dtype=torch.float64, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("method", METHODS)
+WAYS = {**METHODS, "vjp": by_vjp}
+
+
+@pytest.mark.parametrize("method", WAYS)
 @pytest.mark.parametrize("name", MODELS)
 def test_jacobians_are_those_of_the_reference(name, method):
-    if (name, method) == ("sparse gradients", "vmap"):
-        pytest.skip("vmap has no sparse gradients; the engine takes the loop then")
+    if name == "sparse gradients" and method != "loop":
+        pytest.skip("torch.func has no sparse gradients; the engine takes the loop then")
     model = redraw(MODELS[name]())
     names = tuple(dict(model.named_parameters()))[::-1]  # side by side in the order asked for
-    found = METHODS[method](functional(model), names, X, EYE)
+    found = WAYS[method](functional(model), names, X, EYE)
     exact = reference.jacobians(model, X)
     wanted = torch.cat([torch.from_numpy(exact[name]).view(4, 3, -1) for name in names], dim=2)
     assert torch.allclose(found, wanted.transpose(0, 1), rtol=0, atol=1e-13)

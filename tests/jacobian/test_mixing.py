@@ -280,9 +280,10 @@ def test_ordinary_models_cost_one_pass_backward_and_none_forward(dtype, monkeypa
     monkeypatch.setattr(torch.autograd, "grad", counted)
     monkeypatch.setattr(probe, "require_single", None)  # not needed
     monkeypatch.setattr(self_check, "require_single", None)
-    reached, gap = probe._gradients(functional, outputs)
+    reached, gap, is_finite = probe._gradients(functional, outputs)
     assert (len(passes), reached) == (3, set(functional.names))  # two of which say what gradients reach
     assert gap <= 100 * torch.finfo(functional.dtype).eps
+    assert is_finite
     ntkpipe.kernel_matrix(model, X, compute_dtype=dtype, workers=1)
 
 

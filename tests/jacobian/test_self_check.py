@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -30,13 +32,17 @@ def mlp():
     return redraw(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3)))
 
 
-def checked(model, dtype=torch.float64):
+AUTOGRAD, FUNC = ("plain autograd", "by_loop"), ("torch.func", "by_vjp")
+
+
+def checked(model, dtype=torch.float64, method=None):
     functional = prepare_model(model, dtype=dtype, device=torch.device("cpu"))
 
     def load(numbers):
         return X[list(numbers)].to(dtype)
 
     engine = make_engine(probe(functional, load, len(X), structured=True), setup_of(torch.eye(3)))
+    engine = engine if method is None else engine.changed(method=method)
     return self_check(engine, load, len(X), batch=64, memory_bytes=2**30)
 
 
@@ -128,8 +134,8 @@ def test_finite_differences_side_with_the_engine_against_a_wrong_reference(monke
     original = check._reference
 
     def reference_of(*args):
-        found, name = original(*args)
-        return {**found, "0.weight": 1.5 * found["0.weight"]}, name
+        found, *others = original(*args)
+        return {**found, "0.weight": 1.5 * found["0.weight"]}, *others
 
     monkeypatch.setattr(check, "_reference", reference_of)
     engine, report = checked(mlp())
@@ -182,17 +188,31 @@ def test_the_report_says_what_was_compared_and_is_json():
     assert json.loads(json.dumps(dataclasses.asdict(report)))["num_covectors"] == 3
 
 
-def test_the_report_names_the_reference_and_why_it_is_not_torch_func(monkeypatch):
-    _, report = checked(mlp())
-    assert report.reference == "torch.func"
+@pytest.mark.parametrize(("method", "first", "second"), [("vmap", AUTOGRAD, FUNC), ("loop", FUNC, AUTOGRAD)])
+def test_the_reference_is_what_the_engine_does_not_use_and_else_the_other(method, first, second, monkeypatch):
+    _, report = checked(mlp(), method=method)
+    assert report.reference == first[0]
 
-    def refuse(*_):
-        raise RuntimeError("no such operation under functorch")
+    def fails(*_):
+        raise RuntimeError("no such operation")
 
-    monkeypatch.setattr("ntkpipe.jacobian.self_check._by_vjp", refuse)
-    _, report = checked(mlp())
-    assert report.reference == "plain autograd (RuntimeError: no such operation under functorch)"
+    monkeypatch.setattr(check, first[1], fails)
+    _, report = checked(mlp(), method=method)
+    assert report.reference == f"{second[0]} (RuntimeError: no such operation)"
     assert report.compute_error < 1e-12
+    monkeypatch.setattr(check, first[1], lambda *args: torch.nan * getattr(fallback, first[1])(*args))
+    _, report = checked(mlp(), method=method)
+    assert report.reference == f"{second[0]} (NaN)"
+
+
+def test_the_loop_is_not_judged_by_itself(monkeypatch):
+    """Where vmap is wrong, and so is the loop, the reference that found vmap wrong was the loop; another is needed."""
+    monkeypatch.setitem(fallback.METHODS, "vmap", wrong_method(fallback.by_vmap))
+    for place in (fallback.METHODS, vars(check)):
+        name = "loop" if place is fallback.METHODS else "by_loop"
+        monkeypatch.setitem(place, name, wrong_method(wrong_method(fallback.by_loop)))
+    with pytest.raises(SelfCheckError, match=r"reference \(torch.func, .* disagree on .*0\.offset"):
+        checked(nn.Sequential(WithoutRule(6), mlp()))
 
 
 def test_products_that_overflow_in_float64_are_told_from_a_lower_precision():
@@ -202,3 +222,17 @@ def test_products_that_overflow_in_float64_are_told_from_a_lower_precision():
     model = Custom(lambda m, x: m.b(torch.tanh(m.a(torch.nan_to_num(x)))), a=nn.Linear(4, 5), b=nn.Linear(5, 2))
     with pytest.raises(SelfCheckError, match="overflow: scale the inputs or the model"):
         ntkpipe.kernel_matrix(redraw(model), inputs, compute_dtype="float64", workers=1)
+
+
+def test_a_first_call_loads_neither_a_compiler_nor_symbolic_algebra():
+    """They take longer than all that comes before the first tile of a small model."""
+    code = """
+import sys, numpy, torch, ntkpipe
+layer = torch.nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+model = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 1), layer, torch.nn.Flatten(), torch.nn.Linear(16, 2)).eval()
+before = {"sympy", "torch._dynamo"} & {*sys.modules}
+ntkpipe.kernel_matrix(model, numpy.random.default_rng(0).standard_normal((6, 3, 4)), workers=2)
+print({"sympy", "torch._dynamo"} & {*sys.modules} - before)
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert answer.stdout.strip() == "set()"

@@ -41,8 +41,6 @@ DTYPES: dict[ComputeDtype, torch.dtype] = {
 MIXING_TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 0.1}
 _OF_MODULES = vars(nn.Module()).keys()  # attributes of any module
 _MANY_CHANNELS = 16  # input channels of a 1 x 1 convolution from which it may be channels last
-
-
 _HOOKS = "'.attribute', a function of the model's output, or a function of (model, inputs)"
 
 
@@ -332,7 +330,8 @@ def prepare_model(
     require_parameters(tensors, names)
     hooked = converted(_Hooked(model, forward), dtype, device)
     found = FunctionalModel(hooked, names, dtype, device, tf32)._with_module(hooked)
-    if lost := [name for name, value in found.parameters.items() if not bool(torch.isfinite(value).all())]:
+    changed = {name: value for name, value in found.parameters.items() if value.dtype != tensors[name].dtype}
+    if lost := [name for name, value in changed.items() if not bool(torch.isfinite(value).all())]:
         raise NonFiniteError(
             f"parameter {lost[0]!r} overflows {dtype}; use compute_dtype='float64', or scale the model"
         )

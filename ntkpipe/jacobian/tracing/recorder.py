@@ -183,7 +183,26 @@ def _whole(output: Tensor) -> Tensor:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors among the arguments or results of a call."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    found: list[Tensor] = []
+    _collect(value, found)
+    return found
+
+
+_PLAIN = frozenset({type(None), bool, int, float, str, slice, torch.dtype, torch.device, torch.Size})
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
+    # As tree_leaves does, which takes half of the time of watching; what else holds tensors is left to it.
+    kind = type(value)
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif kind is tuple or kind is list:
+        for each in value:
+            _collect(each, found)
+    elif kind is dict:
+        _collect([*value.values()], found)
+    elif kind not in _PLAIN:
+        found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 @cache

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from ntkpipe.jacobian.model.gradients import autograd_vjp
 from ntkpipe.jacobian.tracing.recorder import Call
 from ntkpipe.jacobian.tracing.rules.form import Form, Lookup, Outer
 from ntkpipe.jacobian.tracing.uses import Layout, Use, pull_back, total_gradient
@@ -45,15 +46,15 @@ class Pass:
         sources: list[Any] = [*edges.values(), *others]
         if not self.outputs.requires_grad or not sources:
             return {}, [None] * len(others)
-        found = torch.autograd.grad(self.outputs, sources, covectors, retain_graph=keeps_graph, allow_unused=True)
+        found = autograd_vjp(self.outputs, covectors, sources, retain_graph=keeps_graph, allow_unused=True)
         pairs = zip(edges, found, strict=False)
         return {n: grad.reshape(self.calls[n].shape) for n, grad in pairs if grad is not None}, found[len(edges) :]
 
-    def layouts(self, other: "Pass | None") -> list[dict[str, set[Layout]]]:
-        """Per call and role, the layouts that its rows allow; ``other`` had the last sample replaced."""
+    def layouts(self, other: "Pass | None", samples: Iterable[int]) -> list[dict[str, set[Layout]]]:
+        """Per call and role, the layouts that the rows of samples allow; ``other`` had the last sample replaced."""
         owned = [list[tuple[Tensor, int]]() for _ in self.calls]  # rows that belong to a sample
         covectors = draw_covectors(self.outputs, seed=0)
-        for sample in range(self.num_samples):
+        for sample in samples:
             only = torch.zeros_like(self.outputs)
             only[sample] = covectors[sample]
             for number, grad in self.pulled(only)[0].items():
@@ -148,7 +149,7 @@ def leaves(outputs: Tensor) -> Iterator[Tensor]:
                 stack.append(node)
 
 
-NO_RULE = "used by an operation without a rule"
+NO_RULE, NOT_WANTED = "used by an operation without a rule", "structure was switched off"
 DEPENDS_ON_DATA = "the operations of the forward pass depend on the data"
 
 
@@ -234,12 +235,17 @@ def next_expansion(*made: Mapping[int, tuple[torch.Size, ...]]) -> frozenset[int
 
 
 def trace(
-    parameters: Mapping[str, Tensor], recorded: Sequence[Pass], reached: Collection[str], expansions: frozenset[int]
+    parameters: Mapping[str, Tensor],
+    recorded: Sequence[Pass],
+    reached: Collection[str],
+    expansions: frozenset[int],
+    *,
+    is_known: bool = False,
 ) -> Tracing:
     """Find the uses of parameters in three recorded passes; gradients reach the parameters in ``reached``.
 
     Two passes are of unlike sizes and orders. The third differs from the first in its last sample, and parameters were
-    detached in its recorded uses.
+    detached in its recorded uses. If it ``is_known`` that a row has one sample, shapes or one sample say which.
     """
     first, second, cut = recorded
     passes = first, second
@@ -248,7 +254,12 @@ def trace(
     patterns = tuple(Pattern.of(call, first.num_samples, other) for call, other in calls)
     if not all(_follows(each, patterns) for each in passes):
         return nothing_traced(parameters, DEPENDS_ON_DATA)  # what few samples do not use, others may
-    layouts = [first.layouts(cut), second.layouts(None)]
+    layouts = list[dict[str, set[Layout]]]()
+    for few, others in ((0, 0), (1, 0)) if is_known else ((first.num_samples, second.num_samples),):
+        both = zip(first.layouts(cut, range(few)), second.layouts(None, range(others)), strict=True)
+        layouts = [{role: one[role] & other[role] for role in one} for one, other in both]
+        if all(len(found) == 1 for each in layouts for found in each.values()):  # by shapes alone
+            break
     edges = [count_edges(each.outputs, parameters) for each in passes]
     varying = [name for name in parameters if len({each[name] for each in edges}) > 1]
     reasons = dict.fromkeys(varying, "how often it is used depends on the data")
@@ -256,7 +267,7 @@ def trace(
     uses = []
     for number, call in enumerate(first.calls):
         for role, argument in call.arguments.items():
-            candidates = set.intersection(*(found[number][role] for found in layouts))
+            candidates = layouts[number][role]
             problem = _problem([each.calls[number] for each in passes], candidates)
             needless = set(argument.sources) & set(unused)
             if needless:

@@ -1,11 +1,15 @@
 """What is made of parameters, what is the same for all samples, and which calls bring both together."""
 
+from collections import OrderedDict, namedtuple
+
 import engines
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from ntkpipe.jacobian.tracing.recorder import tensors_in
 from ntkpipe.jacobian.tracing.uses import total_gradient
 
 L = nn.Linear
@@ -177,3 +181,14 @@ def test_values_are_those_of_the_model_alone():
     function = USES["entered"][0]
     model, _, outputs = record(function, i=param(18, 6), o=param(6, 6))
     assert torch.equal(outputs, model(X))
+
+
+def test_tensors_are_found_in_whatever_holds_them():
+    found = [torch.zeros(n) for n in range(7)]
+    a, b, c, d, e, f, g = found
+    pair = namedtuple("pair", "left right")
+    value = (a, [b, None, 1.5], {"c": c, "d": (d, torch.float32)}, pair(e, OrderedDict(f=f)), slice(1, 2), "g", [[g]])
+    assert [id(each) for each in tensors_in(value)] == [id(each) for each in found]
+    assert [id(each) for each in tensors_in(value)] == [
+        id(each) for each in tree_leaves(value) if isinstance(each, torch.Tensor)
+    ]
