@@ -45,7 +45,7 @@ _CONVENTION = (
     "the sum of products of inputs, as first_layer says. Of O outputs both are K x I_O"
 )
 _TILE_FLOPS = 2e11  # of a tile, at most, where no tile is asked for: decided by counts, so that runs agree
-_TIMED_SECONDS, _TIMED_TRIES = 0.5, 3
+_TIMED_SECONDS, _TIMED_TRIES = 0.2, 3
 _TIMED_SAMPLES, _TIMED_FLOPS = 1024, 2e9  # of a tile that is timed, at most
 _MOST_SECONDS = 24 * 3600.0  # of a run that is not forced
 _SLOW_SECONDS = 5.0  # of rows of one set, for entries one by one
