@@ -1,0 +1,140 @@
+"""Finite networks: reference values of neural-tangents, parametrisations of each other, and their limits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ntkpipe
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.parametrised import cnn, mlp
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+INPUTS, FINITE = np.load(REFERENCE / "inputs.npz"), np.load(REFERENCE / "finite.npz")
+IMAGES = np.ascontiguousarray(INPUTS["images"].transpose(0, 3, 1, 2))  # theirs have channels last
+ROOT_2 = 2**0.5
+
+
+def kernel_of(model: nn.Module, x: np.ndarray, *parameters: str, kind: str = "ntk") -> np.ndarray:
+    chosen = {"parameters": list(parameters)} if parameters else {}
+    x = torch.from_numpy(np.ascontiguousarray(x))
+    return ntkpipe.kernel_matrix(model, x, kind=kind, compute_dtype="float64", progress=False, **chosen)
+
+
+def of_neural_tangents(model: nn.Module, case: str) -> nn.Module:
+    """The network with the weights of a case, which have inputs first."""
+    layers = [module for module in model.modules() if isinstance(getattr(module, "weight", None), nn.Parameter)]
+    with torch.no_grad():
+        for number, layer in enumerate(layers):
+            weight, bias = (torch.from_numpy(FINITE[f"{case}/{name}_{number}"]) for name in ("weight", "bias"))
+            layer.weight.copy_(weight.permute(3, 2, 0, 1) if weight.ndim == 4 else weight.T)
+            layer.bias.copy_(bias.ravel())
+    return model
+
+
+def assert_is_reference(model: nn.Module, x: np.ndarray, case: str) -> None:
+    outputs, kernel = FINITE[f"{case}/outputs"], FINITE[f"{case}/ntk"]
+    np.testing.assert_allclose(model(torch.from_numpy(x)).detach(), outputs, rtol=0, atol=1e-12 * abs(outputs).max())
+    found = kernel_of(model, x)
+    size = np.sqrt(np.diag(found))
+    expected = kernel.transpose(0, 2, 1, 3).reshape(found.shape)
+    assert np.max(np.abs(found - expected) / np.outer(size, size)) < 1e-12
+
+
+@pytest.mark.parametrize("case", ["dense/ntk/relu", "dense/ntk/erf", "dense/standard/relu"])
+def test_outputs_and_kernels_are_those_of_neural_tangents(case: str) -> None:
+    _, parametrisation, activation = case.split("/")
+    options = {"W_std": ROOT_2, "b_std": 0.1, "activation": activation, "parametrisation": parametrisation}
+    model = of_neural_tangents(mlp(8, (16, 16), 3, **options, dtype=torch.float64), case)
+    assert_is_reference(model, INPUTS["normal"][:6], case)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 8 * 16 + 16 + 16 * 16 + 16 + 16 * 3 + 3
+
+
+def test_convolutions_are_those_of_neural_tangents() -> None:
+    model = cnn((3, 6, 6), (8, 8), 3, strides=(1, 2), W_std=ROOT_2, b_std=0.1, dtype=torch.float64)
+    assert_is_reference(of_neural_tangents(model, "conv/ntk/relu"), IMAGES, "conv/ntk/relu")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 27 * 8 + 8 + 72 * 8 + 8 + 8 * 3 + 3
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "fans"),
+    [
+        (lambda **options: mlp(8, (16, 24), 2, **options), INPUTS["normal"][:4], (8, 16, 24)),
+        (lambda **options: mlp(8, (16, 24), 2, first_layer="sum", **options), INPUTS["normal"][:4], (1, 16, 24)),
+        (lambda **options: cnn((3, 6, 6), (4, 5), 2, pool=(1, 2), **options), IMAGES, (27, 36, 5)),
+        (lambda **options: cnn((3, 6, 6), (4, 5), 2, head="flatten", **options), IMAGES, (27, 36, 180)),
+    ],
+    ids=["mlp", "sum", "pooled", "flat"],
+)
+def test_both_parametrisations_are_one_by_groups(make, x, fans) -> None:
+    """Equal functions have kernels of each parameter that differ by fan_in / W_std² and 1 / b_std², exactly."""
+    W_std, b_std = [1.3, 1.5, 1.1], [0.4, 0.5, 0.6]
+    options = {"W_std": W_std, "b_std": b_std, "activation": "erf", "dtype": torch.float64}
+    ntk, standard = (make(**options, parametrisation=name) for name in ("ntk", "standard"))
+    factors = [size for w, fan, b in zip(W_std, fans, b_std, strict=True) for size in (w / fan**0.5, b)]
+    with torch.no_grad():
+        for one, other, factor in zip(ntk.parameters(), standard.parameters(), factors, strict=True):
+            other.copy_(factor * one)
+    torch.testing.assert_close(standard(torch.from_numpy(x)), ntk(torch.from_numpy(x)), rtol=1e-12, atol=1e-12)
+    whole = kernel_of(standard, x)
+    summed = np.zeros_like(whole)
+    for (name, _), factor in zip(ntk.named_parameters(), factors, strict=True):
+        part = kernel_of(ntk, x, name) / factor**2
+        np.testing.assert_allclose(kernel_of(standard, x, name), part, rtol=0, atol=1e-12 * part.max())
+        summed += part
+    np.testing.assert_allclose(whole, summed, rtol=0, atol=1e-12 * whole.max())
+
+
+def feature_movement(width: int, parametrisation: str) -> float:
+    """Mean change of the last hidden activations in a step of training that changes outputs by about one."""
+    x = torch.from_numpy(INPUTS["ordinary"])
+    options = {"activation": "erf", "W_std": 1.5, "parametrisation": parametrisation, "dtype": torch.float64}
+    model = mlp(8, (width, width), 1, **options, seed=1)
+    hidden = model[:-1]
+    before = hidden(x).detach()
+    slopes = torch.autograd.grad(model(x)[:, 0].sum(), list(model.parameters()))
+    with torch.no_grad():
+        for parameter, slope in zip(model.parameters(), slopes, strict=True):
+            parameter += slope / 10
+        return float((hidden(x) - before).abs().mean())
+
+
+def test_features_move_at_any_width_in_the_maximal_update_parametrisation_alone() -> None:
+    """In the NTK parametrisation like 1/√width, a quarter where the width is 16 times as large."""
+    rich, lazy = ([feature_movement(width, name) for width in (64, 1024)] for name in ("mup", "ntk"))
+    assert rich[1] > 0.7 * rich[0]
+    assert lazy[1] < 0.35 * lazy[0]
+    options = {"activation": "erf", "W_std": 1.5, "parametrisation": "mup", "dtype": torch.float64}
+    x = torch.from_numpy(INPUTS["ordinary"])
+    small, large = (mlp(8, (width, width), 64, **options)(x).detach().std() for width in (64, 1024))
+    assert float(large / small) == pytest.approx(1 / 4, rel=0.2)
+
+
+@pytest.mark.parametrize("parametrisation", ["ntk", "standard", "mup"])
+def test_biases_may_be_missing_or_start_at_zero(parametrisation) -> None:
+    model = mlp(8, (16,), 2, b_std=[None, 0.3], bias_init=0.0, parametrisation=parametrisation)
+    assert [name for name, _ in model.named_parameters()] == ["dense_0.weight", "dense_1.weight", "dense_1.bias"]
+    assert not model.dense_1.bias.any()
+    assert kernel_of(model.double(), INPUTS["normal"][:2], "dense_1.bias", kind="pntk").all()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: mlp(8, (16,), 2, W_std=[1.0]), "W_std has 1 values; needed one, or 2"),
+        (lambda: mlp(8, (16,), 2, b_std=[0.1, 0.1, 0.1]), "b_std has 3 values"),
+        (lambda: mlp(8, (16,), 2, first_layer="means"), "needed 'mean' or 'sum'"),
+        (lambda: mlp(8, (), 2, parametrisation="mup"), "without hidden layers"),
+        (lambda: mlp(8, (16,), 2, activation="rely"), "did you mean 'relu'"),
+        (lambda: cnn((3, 6, 6), (4, 4), 2, padding="valid", filter=5), "do not fit filters of 5"),
+        (lambda: cnn((3, 6, 6), (4,), 2, pool=7), "do not fit"),
+        (lambda: cnn((3, 6, 6), (4, 4), 2, strides=[2]), "strides has 1 values"),
+        (lambda: cnn((3, 6, 6), (4,), 2, head="mean"), "needed 'flatten' or 'gap'"),
+        (lambda: cnn((3, 6, 6), (), 2), "at least one"),
+    ],
+)
+def test_bad_options_are_refused(make, words) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make()
