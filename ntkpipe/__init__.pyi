@@ -1,5 +1,6 @@
 """The public names and their modules, for type checkers and for `lazy_loader`, which imports each on first use."""
 
+from . import infinite as infinite
 from .analysis.alignment import alignment as alignment
 from .analysis.comparing.compare import compare_kernels as compare_kernels
 from .analysis.eigenlearning import learning_curve as learning_curve
@@ -15,6 +16,7 @@ from .build.derive import derive_kernel as derive_kernel
 from .build.estimate import estimate_cluster as estimate_cluster
 from .build.in_memory import jacobian_operator as jacobian_operator
 from .build.in_memory import kernel_matrix as kernel_matrix
+from .infinite.matrix import infinite_kernel_matrix as infinite_kernel_matrix
 from .learning.dynamics import dynamics as dynamics
 from .learning.gaussian.calibration import calibration as calibration
 from .learning.gaussian.influence import influence as influence

@@ -9,7 +9,7 @@ import ntkpipe
 LAYERS = (
     "base",
     "store executors",
-    "jacobian operators",
+    "jacobian operators infinite",
     "build solvers",
     "learning",
     "analysis",
@@ -36,7 +36,7 @@ DOORS = {
     "pydantic": {"base.arguments", "base.config", "store.manifest", "solvers.result"},
     "yaml": {"base.config"},
     "psutil": {"base.resources"},
-    "threadpoolctl": {"operators"},
+    "threadpoolctl": {"base.blas"},
     "scipy": {"base.operator", "solvers", "learning", "analysis"},
     "jinja2": {"report"},
     "markupsafe": {"report"},

@@ -47,6 +47,8 @@ def callables() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ntkpipe.__all__:
         thing = getattr(ntkpipe, name)
+        if inspect.ismodule(thing):
+            continue
         found[name] = thing
         if inspect.isclass(thing):
             methods = inspect.getmembers(thing, inspect.isfunction)

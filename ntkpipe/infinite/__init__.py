@@ -1,0 +1,9 @@
+"""Networks of infinite width: their Gaussian process (NNGP) and neural tangent kernel (NTK) in closed form or by series."""
+
+from ntkpipe.infinite.layers import Activation as Activation
+from ntkpipe.infinite.layers import Dense as Dense
+from ntkpipe.infinite.layers import Flatten as Flatten
+from ntkpipe.infinite.layers import LayerNorm as LayerNorm
+from ntkpipe.infinite.layers import Residual as Residual
+from ntkpipe.infinite.networks import FullyConnected as FullyConnected
+from ntkpipe.infinite.networks import Sequential as Sequential

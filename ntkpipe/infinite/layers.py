@@ -1,0 +1,177 @@
+"""Layers of an infinitely wide network: what each does to covariances Σ and tangent kernels Θ."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import numpy as np
+
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.infinite.activations.catalogue import Given, dual_of
+from ntkpipe.infinite.activations.dual import Dual
+from ntkpipe.infinite.state import Kept, State
+
+Parametrisation = Literal["ntk", "standard"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One step of a network; equal options make equal layers."""
+
+    def keep(self, state: State) -> Kept:
+        """What pairs will need of each sample, by its own state before this layer."""
+        return ()
+
+    def apply(self, state: State, left: Kept, right: Kept) -> None:
+        """Change Σ and Θ of pairs, or of samples with themselves, whose kept parts are given."""
+        raise NotImplementedError
+
+    def advance(self, state: State) -> Kept:
+        """Change an own state, and return what was kept of it."""
+        kept = self.keep(state)
+        self.apply(state, kept, kept)
+        return kept
+
+    def canonical(self) -> dict[str, Any]:
+        """All options that decide numbers, as JSON has them."""
+        return {"layer": type(self).__name__} | {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def operations(self, state_size: int) -> float:
+        """Counted operations of a pair whose Σ has so many entries."""
+        return 4.0 * state_size
+
+    def prints(self) -> str:
+        """The layer in the words of messages."""
+        return type(self).__name__
+
+
+@dataclass(frozen=True)
+class Dense(Layer):
+    """z = W_std / √fan_in · W a + b_std · b, or the same in the standard parametrisation, where Θ counts the width."""
+
+    W_std: float = 1.0
+    b_std: float | None = None  # None: no bias
+    bias_init: float = 1.0  # τ: biases start as N(0, τ²) in units of b_std
+    trained: bool = True
+    parametrisation: Parametrisation = "ntk"
+    width: int | None = None  # which the next layer needs in the standard parametrisation
+
+    def apply(self, state: State, left: Kept, right: Kept) -> None:
+        """Θ ← own + W² Θ, Σ ← W² Σ + b² τ² (Jacot et al. 2018, Thm. 1; Sohl-Dickstein et al. 2020 for the standard one)."""
+        gain, bias = self.W_std**2, (self.b_std or 0.0) ** 2
+        s, theta = state.s, state.theta
+        theta *= gain
+        if self.parametrisation == "standard" and self.trained:
+            (own,) = state.scratch(1)
+            np.multiply(s, state.fan_in, out=own)
+            if self.b_std is not None:
+                own += 1.0
+            theta += own
+        s *= gain
+        if self.parametrisation == "ntk" and self.trained and self.bias_init != 1.0:
+            (own,) = state.scratch(1)
+            np.add(s, bias, out=own)
+            theta += own
+        s += bias * self.bias_init**2
+        if self.parametrisation == "ntk" and self.trained and self.bias_init == 1.0:
+            theta += s
+        state.fan_in = self.width or 0
+
+
+@dataclass(frozen=True)
+class Activation(Layer):
+    """A function of each unit: a name such as ``"leaky_relu:0.1"``, or a pair (f, df) with its kinks."""
+
+    function: Given = "relu"
+    kinks: tuple[float, ...] = ()
+    name: str | None = None  # of a pair of functions, which a store needs
+    tolerance: float = 1e-13  # of a series, relative to √(V(x, x) V(x', x'))
+    dual: Dual = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dual", dual_of(self.function, self.kinks, self.tolerance))
+
+    def keep(self, state: State) -> Kept:
+        """What the dual activation needs of variances."""
+        return self.dual.keep(state.variances)
+
+    def apply(self, state: State, left: Kept, right: Kept) -> None:
+        """Σ ← V(Σ), Θ ← V̇(Σ) Θ."""
+        self.dual.apply(state, left, right)
+
+    def canonical(self) -> dict[str, Any]:
+        """See :meth:`Layer.canonical`."""
+        if not isinstance(self.function, str) and self.name is None:
+            raise ConfigError("an activation is a pair of functions without a name; give Activation(f, df, name=…)")
+        return {
+            "layer": "Activation",
+            "function": self.dual.name if isinstance(self.function, str) else f"pair:{self.name}",
+            "kinks": list(self.kinks),
+        }
+
+
+@dataclass(frozen=True)
+class Residual(Layer):
+    """x + inner(x): states add."""
+
+    inner: tuple[Layer, ...] = ()
+
+    def __init__(self, *inner: Layer) -> None:
+        object.__setattr__(self, "inner", inner)
+
+    def advance(self, state: State) -> Kept:
+        """See :meth:`Layer.advance`."""
+        s, theta = state.s.copy(), state.theta.copy()
+        kept = tuple(layer.advance(state) for layer in self.inner)
+        self._add(state, s, theta)
+        return kept
+
+    def apply(self, state: State, left: Kept, right: Kept) -> None:
+        """See :meth:`Layer.apply`."""
+        s, theta = state.s.copy(), state.theta.copy()
+        for layer, rows, columns in zip(self.inner, left, right, strict=True):
+            layer.apply(state, rows, columns)
+        self._add(state, s, theta)
+
+    @staticmethod
+    def _add(state: State, s: Any, theta: Any) -> None:
+        if s.shape != state.s.shape:
+            raise ConfigError(f"Residual: its layers make {state.s.shape} of {s.shape}; needed equal sizes to add")
+        state.s += s
+        state.theta += theta
+
+    def canonical(self) -> dict[str, Any]:
+        """See :meth:`Layer.canonical`."""
+        return {"layer": "Residual", "inner": [layer.canonical() for layer in self.inner]}
+
+
+@dataclass(frozen=True)
+class LayerNorm(Layer):
+    """Units with mean 0 and variance 1 over features: Σ and Θ over √((p + ε)(q + ε))."""
+
+    eps: float = 1e-12
+
+    def keep(self, state: State) -> Kept:
+        """1 / √(p + ε)."""
+        return (1.0 / np.sqrt(state.variances + self.eps),)
+
+    def apply(self, state: State, left: Kept, right: Kept) -> None:
+        """See :meth:`Layer.apply`."""
+        (scale,) = state.scratch(1)
+        np.multiply(*state.spread(left[0], right[0]), out=scale)
+        state.s *= scale
+        state.theta *= scale
+
+
+@dataclass(frozen=True)
+class Flatten(Layer):
+    """Pixels become features: the mean over pixels with themselves."""
+
+    def apply(self, state: State, left: Kept, right: Kept) -> None:
+        """See :meth:`Layer.apply`; nothing where there are no pixels."""
+        if state.copies == 0:
+            return
+        pixels = state.s.shape[-2] * state.s.shape[-1]
+        letters = "ab" if state.copies == 1 else "abab"
+        state.s = np.einsum(f"...{letters}->...", state.s) / pixels
+        state.theta = np.einsum(f"...{letters}->...", state.theta) / pixels
+        state.fan_in *= pixels

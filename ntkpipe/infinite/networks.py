@@ -1,0 +1,174 @@
+"""Networks as sequences of layers, and the fully connected ones of the literature."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntkpipe.base.arrays import FloatArray, runs
+from ntkpipe.base.errors import ConfigError, DataError
+from ntkpipe.base.given import as_real
+from ntkpipe.infinite.activations.catalogue import Given
+from ntkpipe.infinite.evaluate import EDGE, fill, own_state
+from ntkpipe.infinite.layers import Activation, Dense, Layer, Parametrisation
+from ntkpipe.infinite.state import Kept, Rows, size_of
+
+FirstLayer = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Network(ABC):
+    """What makes kernels of samples: layers, and how inputs enter."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers, in order."""
+
+    @property
+    def enters(self) -> FirstLayer:
+        """Whether Σ⁰ is the mean or the sum over features (channels) of products of inputs."""
+        return "mean"
+
+    def canonical(self) -> dict[str, Any]:
+        """All options that decide numbers, as JSON has them; raises ConfigError where functions have no name."""
+        return {"first_layer": self.enters, "layers": [layer.canonical() for layer in self.layers]}
+
+    def copies(self, shape: Sequence[int]) -> int:
+        """Copies of pixel axes that pairs of samples need: none, one (a pixel with itself), or two."""
+        if len(shape) == 1:
+            return 0
+        return 2 if any(getattr(layer, "mixes_pixels", False) for layer in self.layers) else 1
+
+    def prepare(self, samples: NDArray[Any]) -> Rows:
+        """Check samples, and find their own covariances after each layer."""
+        values = self._entered(samples)
+        copies, kept, nngp, ntk = self.copies(values.shape[1:]), [], [], []
+        for run in runs(len(values), EDGE if copies < 2 else 1):
+            state, parts = own_state(values[run], copies), []
+            for number, layer in enumerate(self.layers):
+                with np.errstate(over="ignore", invalid="ignore"):
+                    parts.append(layer.advance(state))
+                self._require_finite(state.s, state.theta, number, run.start)
+            if state.s.ndim > 1:
+                raise ConfigError(f"the network ends with pixels {state.s.shape[1:]}; needed Flatten or GlobalAveragePool")
+            kept.append(tuple(parts))
+            nngp.append(state.s)
+            ntk.append(state.theta)
+        return Rows(values, _joined(kept), np.concatenate(nngp), np.concatenate(ntk))
+
+    def tile(self, rows: Rows, columns: Rows) -> tuple[FloatArray, FloatArray]:
+        """NNGP and NTK of samples, (n, m) each; of a symmetric tile give the same object twice."""
+        nngp, ntk = np.empty((2, len(rows), len(columns)))
+        fill(self.layers, rows, columns, self.copies(rows.samples.shape[1:]), nngp, ntk)
+        return nngp, ntk
+
+    def diagonal(self, rows: Rows) -> tuple[FloatArray, FloatArray]:
+        """NNGP and NTK of each sample with itself, (n,) each."""
+        return rows.nngp, rows.ntk
+
+    def slow(self, x: NDArray[Any], y: NDArray[Any]) -> tuple[float, float]:
+        """NNGP and NTK of one pair by another path."""
+        raise NotImplementedError
+
+    def operations(self, shape: Sequence[int]) -> float:
+        """Counted operations of a pair of samples of a shape."""
+        size = prod(shape[1:]) ** self.copies(shape)
+        return 2.0 * shape[0] * size + sum(layer.operations(size) for layer in self.layers)
+
+    def row_bytes(self, shape: Sequence[int]) -> int:
+        """Bytes of :class:`Rows` a sample."""
+        rows = self.prepare(np.zeros((1, *shape)))
+        return rows.samples.nbytes + size_of(rows.kept) + 16
+
+    def _entered(self, samples: NDArray[Any]) -> FloatArray:
+        """Inputs in float64, pixels before channels, over the root of their number where means are meant."""
+        values = as_real("inputs", samples).astype(np.float64)
+        if values.ndim not in (2, 4) or not values.size:
+            raise DataError(f"inputs of shape {values.shape}; needed (n, features), or images (n, C, H, W)")
+        bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))
+        if len(bad):
+            raise DataError(f"inputs: sample {bad[0]} holds NaN or infinity ({len(bad)} such samples)")
+        if values.ndim == 4:
+            values = np.moveaxis(values, 1, -1)
+        scale = values.shape[-1] ** -0.5 if self.enters == "mean" else 1.0
+        return np.ascontiguousarray(values * scale)
+
+    def _require_finite(self, s: FloatArray, theta: FloatArray, number: int, first: int) -> None:
+        for name, values in (("covariance", s), ("tangent kernel", theta)):
+            bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+            if bad.any():
+                sample, layer = first + int(np.argmax(bad)), self.layers[number].prints()
+                raise ConfigError(
+                    f"layer {number + 1} of {len(self.layers)} ({layer}): the {name} of sample {sample} with itself "
+                    "leaves the range of float64; give smaller W_std, b_std or inputs, or fewer layers"
+                )
+
+
+def _joined(parts: list[Kept]) -> Kept:
+    first = parts[0]
+    return tuple(
+        _joined([each[at] for each in parts]) if isinstance(one, tuple) else np.concatenate([each[at] for each in parts])
+        for at, one in enumerate(first)
+    )
+
+
+@dataclass(frozen=True)
+class Sequential(Network):
+    """Layers in order."""
+
+    steps: tuple[Layer, ...]
+    first_layer: FirstLayer = "mean"
+
+    def __init__(self, layers: Sequence[Layer], first_layer: FirstLayer = "mean") -> None:
+        object.__setattr__(self, "steps", tuple(layers))
+        object.__setattr__(self, "first_layer", first_layer)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers, in order."""
+        return self.steps
+
+    @property
+    def enters(self) -> FirstLayer:
+        """See :attr:`Network.enters`."""
+        return self.first_layer
+
+
+@dataclass(frozen=True)
+class FullyConnected(Network):
+    """Dense layers with an activation between any two."""
+
+    hidden: int = 1
+    activation: Given | Activation = "relu"
+    W_std: float | tuple[float, ...] = 1.0
+    b_std: float | tuple[float | None, ...] | None = None
+    bias_init: float = 1.0
+    first_layer: FirstLayer = "mean"
+    parametrisation: Parametrisation = "ntk"
+    widths: tuple[int, ...] | None = None
+    trained: Literal["all", "last"] | frozenset[int] = "all"
+
+    @property
+    def enters(self) -> FirstLayer:
+        """See :attr:`Network.enters`."""
+        return self.first_layer
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers, in order."""
+        count = self.hidden + 1
+        weights = self.W_std if isinstance(self.W_std, tuple) else (self.W_std,) * count
+        biases = self.b_std if isinstance(self.b_std, tuple) else (self.b_std,) * count
+        trained = {"all": range(count), "last": (count - 1,)}.get(self.trained, self.trained)  # type: ignore[call-overload]
+        act = self.activation if isinstance(self.activation, Activation) else Activation(self.activation)
+        found: list[Layer] = []
+        for at in range(count):
+            width = (*self.widths, None)[at] if self.widths else None
+            weight, bias = weights[at], biases[at]
+            found += [Dense(weight, bias, self.bias_init, at in trained, self.parametrisation, width), act]
+        return tuple(found[:-1])
