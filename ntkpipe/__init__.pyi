@@ -1,6 +1,7 @@
 """The public names and their modules, for type checkers and for `lazy_loader`, which imports each on first use."""
 
 from . import infinite as infinite
+from . import parametrised as parametrised
 from .analysis.alignment import alignment as alignment
 from .analysis.comparing.compare import compare_kernels as compare_kernels
 from .analysis.eigenlearning import learning_curve as learning_curve
@@ -17,6 +18,7 @@ from .build.estimate import estimate_cluster as estimate_cluster
 from .build.in_memory import jacobian_operator as jacobian_operator
 from .build.in_memory import kernel_matrix as kernel_matrix
 from .infinite.matrix import infinite_kernel_matrix as infinite_kernel_matrix
+from .infinite.sphere import sphere_spectrum as sphere_spectrum
 from .learning.dynamics import dynamics as dynamics
 from .learning.gaussian.calibration import calibration as calibration
 from .learning.gaussian.influence import influence as influence

@@ -7,3 +7,5 @@ from ntkpipe.infinite.layers import LayerNorm as LayerNorm
 from ntkpipe.infinite.layers import Residual as Residual
 from ntkpipe.infinite.networks import FullyConnected as FullyConnected
 from ntkpipe.infinite.networks import Sequential as Sequential
+from ntkpipe.infinite.sphere import SphereSpectrum as SphereSpectrum
+from ntkpipe.infinite.sphere import sphere_spectrum as sphere_spectrum

@@ -51,12 +51,12 @@ def sphere_spectrum(
 ) -> SphereSpectrum:
     """Find the eigenvalues of NNGP and NTK on the sphere, by the degree of their eigenfunctions.
 
-    A kernel κ(x·y) on the sphere in R^d has the spherical harmonics as eigenfunctions. By Funk's and Hecke's formula those
-    of degree k have ``μ_k = ∫ κ(t) P_k(t) dν(t)`` with the Gegenbauer polynomials of P_k(1) = 1, and
-    dν ∝ (1 - t²)^((d - 3)/2) dt (Bach 2017, JMLR 18, Appendix D; Bietti, Mairal 2019, arXiv 1905.12173, Prop. 5). Gradient
-    flow learns a function of degree k in a time ∝ 1/μ_k, so how fast μ_k falls is the spectral bias: of ReLU networks like
-    k^-d for the NTK and k^-(d + 2) for the NNGP, of erf faster than any power. Without biases and with one hidden layer of
-    ReLU, μ_k = 0 for odd k ≥ 3.
+    A kernel κ(x·y) on the sphere in R^d has the spherical harmonics as eigenfunctions. By Funk's and Hecke's formula
+    those of degree k have ``μ_k = ∫ κ(t) P_k(t) dν(t)`` with the Gegenbauer polynomials of P_k(1) = 1, and
+    dν ∝ (1 - t²)^((d - 3)/2) dt (Bach 2017, JMLR 18; Bietti, Mairal 2019, arXiv 1905.12173). Gradient flow learns a
+    function of degree k in a time ∝ 1/μ_k, so the decay of μ_k is the spectral bias: of ReLU networks like k^-d for the
+    NTK and k^-(d + 2) for the NNGP, at any depth (Bietti, Bach 2021, arXiv 2009.14397), of erf faster than any power.
+    Without biases and with one hidden layer of ReLU, μ_k = 0 for odd k ≥ 3.
 
     The integral is over the angle, by 40 Gauss-Legendre nodes in each of panels that are halved 40 times towards both
     ends, where kernels have square roots. It is exact to rounding, about 1e-15 κ(1) beside the errors of the kernel
@@ -97,9 +97,7 @@ def sphere_spectrum(
     points[0, 0] = radius
     points[1:, 0], points[1:, 1] = radius * np.cos(angle), radius * np.sin(angle)
     one = net.prepare(points[:1])
-    parts = [
-        net.tile(one, net.prepare(points[start : start + _COLUMNS])) for start in range(1, len(points), _COLUMNS)
-    ]
+    parts = [net.tile(one, net.prepare(points[start : start + _COLUMNS])) for start in range(1, len(points), _COLUMNS)]
     values = np.concatenate([np.concatenate(part) for part in parts], axis=1)  # NNGP, NTK; nodes
     by_degree = _projections(dimension, max(wanted), np.cos(angle), mass * values)
     nngp, ntk = np.ascontiguousarray(by_degree[list(wanted)].T)

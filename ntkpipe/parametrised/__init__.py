@@ -4,9 +4,9 @@ Weights are drawn from a ``torch.Generator``, each parameter from a stream of it
 not depend on the width of another.
 """
 
-from ntkpipe.parametrised.layers import Activation as Activation
 from ntkpipe.parametrised.layers import Conv2d as Conv2d
 from ntkpipe.parametrised.layers import Dense as Dense
+from ntkpipe.parametrised.layers import Pointwise as Pointwise
 from ntkpipe.parametrised.networks import cnn as cnn
 from ntkpipe.parametrised.networks import matching as matching
 from ntkpipe.parametrised.networks import mlp as mlp

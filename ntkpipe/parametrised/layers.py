@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _LEAKY = "leaky_relu"
 
 
-class Activation(nn.Module):
+class Pointwise(nn.Module):
     """An activation by its name in :mod:`ntkpipe.infinite`, such as ``"relu"`` or ``"leaky_relu:0.1"``."""
 
     def __init__(self, name: str) -> None:
@@ -56,6 +56,22 @@ class Activation(nn.Module):
     def extra_repr(self) -> str:
         """The name."""
         return self.name if self.slope is None else f"{self.name}:{self.slope}"
+
+
+class Scale(nn.Module):
+    """Multiplies its inputs by a constant."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The inputs times the constant."""
+        return self.factor * x
+
+    def extra_repr(self) -> str:
+        """The constant."""
+        return f"{self.factor:.6g}"
 
 
 class _Layer(nn.Module):

@@ -10,8 +10,17 @@ from torch import nn
 
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.infinite.layers import Activation
 from ntkpipe.infinite.networks import FullyConnected
-from ntkpipe.parametrised.layers import Activation, Conv2d, Dense, Padding, Parametrisation, Position
+from ntkpipe.parametrised.layers import (
+    Conv2d,
+    Dense,
+    Padding,
+    Parametrisation,
+    Pointwise,
+    Position,
+    Scale,
+)
 
 Seed = int | torch.Generator
 
@@ -71,7 +80,7 @@ def mlp(
     bias_init
         τ: deviation of biases at the start, relative to b_std; zero: they start at zero, and are trained.
     first_layer
-        ``"mean"``: inputs count as x·x'/n_in; ``"sum"``: as x·x'.
+        ``"mean"``: inputs count as x·x'/n_in; ``"sum"``: as x·x', since they are multiplied by √n_in.
     parametrisation
         ``"ntk"``, ``"standard"`` or ``"mup"``; see :class:`ntkpipe.parametrised.Dense`.
     seed
@@ -95,14 +104,14 @@ def mlp(
         raise ConfigError(f"first_layer={first_layer!r}; needed 'mean' or 'sum'")
     if parametrisation == "mup" and count == 1:
         raise ConfigError("parametrisation='mup' of a network without hidden layers; needed at least one of widths")
-    deviations = _one_a_layer("W_std", W_std, count)
-    if first_layer == "sum":
-        deviations[0] = check_number("W_std", deviations[0], low=0.0) * math.sqrt(n_in)
-    biases, generator = _one_a_layer("b_std", b_std, count), _generator(seed)
+    deviations, biases = _one_a_layer("W_std", W_std, count), _one_a_layer("b_std", b_std, count)
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    if first_layer == "sum":
+        layers["inputs"] = Scale(math.sqrt(n_in))
+    generator = _generator(seed)
     for layer in range(count):
         if layer:
-            layers[f"activation_{layer - 1}"] = Activation(activation)
+            layers[f"activation_{layer - 1}"] = Pointwise(activation)
         layers[f"dense_{layer}"] = Dense(
             sizes[layer],
             sizes[layer + 1],
@@ -195,7 +204,7 @@ def cnn(
             position=_position(layer, count + 1),
             **common,
         )
-        layers[f"activation_{layer}"] = Activation(activation)
+        layers[f"activation_{layer}"] = Pointwise(activation)
         if check_number("pool", pools[layer], low=1) > 1:
             layers[f"pool_{layer}"] = nn.AvgPool2d(pools[layer])
     if head == "gap":
@@ -260,13 +269,16 @@ def matching(
     widths = list(own or ()) if width is None else _one_a_layer("width", width, network.hidden)
     if network.parametrisation == "standard" and widths != list(own or ()):
         raise ConfigError(f"width={width}; the kernel of this network, in standard parametrisation, is of widths {own}")
-    if not isinstance(network.activation, str):
+    activation = network.activation
+    if isinstance(activation, Activation):
+        activation = activation.function
+    if not isinstance(activation, str):
         raise ConfigError("the activation is a pair of functions of numpy; needed one that has a name")
     model = mlp(
         n_in,
         widths,
         n_out,
-        activation=network.activation,
+        activation=activation,
         W_std=network.W_std,
         b_std=network.b_std,
         bias_init=network.bias_init,
@@ -276,7 +288,9 @@ def matching(
         dtype=dtype,
     )
     count = network.hidden + 1
-    trained = range(count) if network.trained == "all" else [count - 1] if network.trained == "last" else network.trained
+    trained = (
+        range(count) if network.trained == "all" else [count - 1] if network.trained == "last" else network.trained
+    )
     for layer in range(count):
         model.get_submodule(f"dense_{layer}").requires_grad_(layer in trained)
     return model

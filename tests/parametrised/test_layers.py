@@ -1,4 +1,4 @@
-"""Layers with constants in front of their parameters: what they compute, where they start, how the engine holds them."""
+"""Layers with constants before their parameters: what they compute, where they start, how the engine holds them."""
 
 import copy
 import pickle
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import ntkpipe
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.parametrised import Activation, Conv2d, Dense, mlp
+from ntkpipe.parametrised import Conv2d, Dense, Pointwise, mlp
 
 PARAMETRISATIONS = ("ntk", "standard", "mup")
 
@@ -34,17 +34,18 @@ def test_a_dense_layer_is_its_formula(b_std: float | None) -> None:
     assert [name for name, _ in layer.named_parameters()] == ["weight"] + ["bias"] * (b_std is not None)
 
 
-@pytest.mark.parametrize(("padding", "mode"), [("same", "constant"), ("circular", "circular"), ("valid", None), (2, None)])
+@pytest.mark.parametrize(
+    ("padding", "mode"), [("same", "constant"), ("circular", "circular"), ("valid", None), (2, None)]
+)
 @pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("filter", [1, 2, 3])
-def test_a_convolution_is_its_formula(padding: str | int, mode: str | None, stride: int, filter: int) -> None:
-    layer = Conv2d(2, 3, filter, 1.5, 0.3, stride=stride, padding=padding, generator=seeded(), dtype=torch.float64)
-    x = drawn((2, 2, 6, 7))
-    wide = x if mode is None or filter == 1 else None
-    if wide is None:  # as many pixels as come out need, the larger half behind
-        needs = [max((-(-size // stride) - 1) * stride + filter - size, 0) for size in (7, 6)]
+@pytest.mark.parametrize("edge", [1, 2, 3])
+def test_a_convolution_is_its_formula(padding: str | int, mode: str | None, stride: int, edge: int) -> None:
+    layer = Conv2d(2, 3, edge, 1.5, 0.3, stride=stride, padding=padding, generator=seeded(), dtype=torch.float64)
+    x = wide = drawn((2, 2, 6, 7))
+    if mode is not None:  # as many pixels as come out need, the larger half behind
+        needs = [max((-(-size // stride) - 1) * stride + edge - size, 0) for size in (7, 6)]
         wide = F.pad(x, [side for need in needs for side in (need // 2, need - need // 2)], mode=mode)
-    scale = 1.5 / (2 * filter**2) ** 0.5
+    scale = 1.5 / (2 * edge**2) ** 0.5
     expected = scale * F.conv2d(wide, layer.weight, None, stride, 2 if padding == 2 else 0)
     torch.testing.assert_close(layer(x), expected + 0.3 * layer.bias[:, None, None], rtol=1e-13, atol=1e-13)
     if mode is not None:
@@ -144,7 +145,7 @@ def test_layers_are_copied_and_pickled() -> None:
 )
 def test_activations_are_functions_of_that_name(name, function) -> None:
     x = drawn((50,))
-    np.testing.assert_allclose(Activation(name)(x), function(x.numpy()), rtol=1e-13)
+    np.testing.assert_allclose(Pointwise(name)(x), function(x.numpy()), rtol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -157,9 +158,9 @@ def test_activations_are_functions_of_that_name(name, function) -> None:
         (lambda: Dense(3, 4, b_std=float("nan")), "b_std=nan"),
         (lambda: Conv2d(3, 4, padding="reflect"), "needed 'same', 'valid', 'circular'"),
         (lambda: Conv2d(3, 4, stride=0), "stride=0"),
-        (lambda: Activation("rellu"), "did you mean 'relu'"),
-        (lambda: Activation("relu:0.1"), "known are"),
-        (lambda: Activation("leaky_relu:x"), "needed a number"),
+        (lambda: Pointwise("rellu"), "did you mean 'relu'"),
+        (lambda: Pointwise("relu:0.1"), "known are"),
+        (lambda: Pointwise("leaky_relu:x"), "needed a number"),
     ],
 )
 def test_bad_options_are_refused(make, words) -> None:

@@ -28,7 +28,9 @@ def moved(model: nn.Module) -> nn.Module:
     """One step of training."""
     model = copy.deepcopy(model)
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter, slope in zip(wanted, torch.autograd.grad(model(X).sin().sum() + model(X).sum(), wanted), strict=True):
+    for parameter, slope in zip(
+        wanted, torch.autograd.grad(model(X).sin().sum() + model(X).sum(), wanted), strict=True
+    ):
         parameter.data -= 0.1 * slope
     return model
 
