@@ -41,7 +41,7 @@ def _padded(rows: FloatArray, *, copies: bool = False) -> FloatArray:
     return found
 
 
-def own_state(samples: FloatArray, copies: int) -> State:
+def own_state(samples: FloatArray, copies: int, scale: float) -> State:
     """Σ of samples with themselves before the first layer, with the bits that :func:`pair_state` gives."""
     if copies == 0:
         s = np.concatenate([product(part := samples[run], part).diagonal() for run in runs(len(samples), EDGE)])
@@ -53,10 +53,11 @@ def own_state(samples: FloatArray, copies: int) -> State:
         flat_samples = samples.reshape(len(samples), -1, samples.shape[-1])
         s = np.stack([product(each, each) for each in flat_samples])
         s = s.reshape(len(samples), *samples.shape[1:-1], *samples.shape[1:-1])
+    s = s * scale
     return State(s, np.zeros_like(s), is_own=True, fan_in=samples.shape[-1])
 
 
-def pair_state(left: FloatArray, right: FloatArray, copies: int, spare: Spare) -> State:
+def pair_state(left: FloatArray, right: FloatArray, copies: int, scale: float, spare: Spare) -> State:
     """Σ of pairs before the first layer."""
     n, m, sizes, channels = len(left), len(right), left.shape[1:-1], left.shape[-1]
     if copies == 0:
@@ -70,14 +71,17 @@ def pair_state(left: FloatArray, right: FloatArray, copies: int, spare: Spare) -
         pixels = prod(sizes)
         flat = product(left.reshape(-1, channels), right.reshape(-1, channels))
         s = np.ascontiguousarray(flat.reshape(n, pixels, m, pixels).swapaxes(1, 2)).reshape(n, m, *sizes, *sizes)
+    s *= scale
     return State(s, np.zeros_like(s), is_own=False, fan_in=channels, spare=spare)
 
 
-def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, copies: int, nngp: FloatArray, ntk: FloatArray) -> None:
+def fill(
+    layers: Sequence[Layer], rows: Rows, columns: Rows, *, copies: int, scale: float, nngp: FloatArray, ntk: FloatArray
+) -> None:
     """Compute both kernels of samples into arrays; where rows are the columns, upper blocks alone, and mirror them."""
     spare = Spare()
     for at, across in blocks(rows, columns, copies):
-        state = pair_state(rows.samples[at], columns.samples[across], copies, spare)
+        state = pair_state(rows.samples[at], columns.samples[across], copies, scale, spare)
         right = sliced(columns.kept, across)
         left = sliced(rows.kept, at)
         tall = len(state.s) if copies else max(1, STRIP // state.s.shape[1])

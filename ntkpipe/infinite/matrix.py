@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 from ntkpipe.base.arguments import checked
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import MemoryLimit
-from ntkpipe.infinite.evaluate import fill
 from ntkpipe.infinite.networks import Network
 
 
@@ -20,5 +19,5 @@ def infinite_kernel_matrix(
     rows = net.prepare(x)
     columns = rows if other is None else net.prepare(other)
     found = np.empty((2, len(rows), len(columns)))
-    fill(net.layers, rows, columns, net.copies(rows.samples.shape[1:]), *found)
+    net.fill(rows, columns, found)
     return found

@@ -49,7 +49,7 @@ class Network(ABC):
         values = self._entered(samples)
         copies, kept, nngp, ntk = self.copies(values.shape[1:]), [], [], []
         for run in runs(len(values), EDGE if copies < 2 else 1):
-            state, parts = own_state(values[run], copies), []
+            state, parts = own_state(values[run], copies, self.scale(values.shape[-1])), []
             for number, layer in enumerate(self.layers):
                 with np.errstate(over="ignore", invalid="ignore"):
                     parts.append(layer.advance(state))
@@ -63,9 +63,18 @@ class Network(ABC):
 
     def tile(self, rows: Rows, columns: Rows) -> tuple[FloatArray, FloatArray]:
         """NNGP and NTK of samples, (n, m) each; of a symmetric tile give the same object twice."""
-        nngp, ntk = np.empty((2, len(rows), len(columns)))
-        fill(self.layers, rows, columns, self.copies(rows.samples.shape[1:]), nngp, ntk)
-        return nngp, ntk
+        found = np.empty((2, len(rows), len(columns)))
+        self.fill(rows, columns, found)
+        return found[0], found[1]
+
+    def fill(self, rows: Rows, columns: Rows, into: FloatArray) -> None:
+        """The same, into an array (2, n, m)."""
+        copies, scale = self.copies(rows.samples.shape[1:]), self.scale(rows.samples.shape[-1])
+        fill(self.layers, rows, columns, copies=copies, scale=scale, nngp=into[0], ntk=into[1])
+
+    def scale(self, features: int) -> float:
+        """What products of inputs are multiplied with."""
+        return 1.0 / features if self.enters == "mean" else 1.0
 
     def diagonal(self, rows: Rows) -> tuple[FloatArray, FloatArray]:
         """NNGP and NTK of each sample with itself, (n,) each."""
@@ -86,7 +95,7 @@ class Network(ABC):
         return rows.samples.nbytes + size_of(rows.kept) + 16
 
     def _entered(self, samples: NDArray[Any]) -> FloatArray:
-        """Inputs in float64, pixels before channels, over the root of their number where means are meant."""
+        """Inputs in float64, pixels before channels."""
         values = as_real("inputs", samples).astype(np.float64)
         if values.ndim not in (2, 4) or not values.size:
             raise DataError(f"inputs of shape {values.shape}; needed (n, features), or images (n, C, H, W)")
@@ -95,8 +104,7 @@ class Network(ABC):
             raise DataError(f"inputs: sample {bad[0]} holds NaN or infinity ({len(bad)} such samples)")
         if values.ndim == 4:
             values = np.moveaxis(values, 1, -1)
-        scale = values.shape[-1] ** -0.5 if self.enters == "mean" else 1.0
-        return np.ascontiguousarray(values * scale)
+        return np.ascontiguousarray(values)
 
     def _require_finite(self, s: FloatArray, theta: FloatArray, number: int, first: int) -> None:
         for name, values in (("covariance", s), ("tangent kernel", theta)):

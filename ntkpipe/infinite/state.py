@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray
 
@@ -71,7 +70,7 @@ class Spare:
 class Rows:
     """Samples as a network takes them, with what its layers keep of each; slices are of samples."""
 
-    samples: FloatArray  # scaled by the root of the number of features or channels: (n, n₀), or (n, H, W, C)
+    samples: FloatArray  # (n, n₀), or (n, H, W, C)
     kept: Kept
     nngp: FloatArray  # of each sample with itself
     ntk: FloatArray
@@ -92,7 +91,3 @@ def size_of(kept: Kept) -> int:
     """Bytes of all arrays."""
     return sum(size_of(each) if isinstance(each, tuple) else each.nbytes for each in kept)
 
-
-def as_samples(values: NDArray[Any]) -> FloatArray:
-    """Samples in float64, contiguous."""
-    return np.ascontiguousarray(values, np.float64)

@@ -15,6 +15,11 @@ CLOSED: dict[str, Callable[..., Dual]] = {
     "relu": lambda: closed.Rectifier("relu", 0.0),
     "leaky_relu": lambda slope=0.01: closed.Rectifier(f"leaky_relu:{slope:g}", slope),
     "abs": lambda: closed.Rectifier("abs", -1.0),
+    "erf": closed.Erf,
+    "gelu": closed.Gelu,
+    "sin": lambda: closed.Wave("sin"),
+    "cos": lambda: closed.Wave("cos"),
+    "identity": closed.Identity,
 }
 
 
