@@ -15,7 +15,7 @@ Parametrisation = Literal["ntk", "standard", "mup"]
 Position = Literal["first", "hidden", "last"]
 Padding = Literal["same", "valid", "circular"] | int
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "relu": torch.relu,
     "abs": torch.abs,
     "erf": torch.erf,
@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
     "hardtanh": F.hardtanh,
 }
-_LEAKY = "leaky_relu"
+_WITH_NUMBER = {"leaky_relu": F.leaky_relu}  # a number behind a colon is their second argument
 
 
 class Pointwise(nn.Module):
@@ -38,24 +38,24 @@ class Pointwise(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.name, _, slope = name.partition(":")
-        self.slope = None
-        if self.name == _LEAKY and slope:
-            try:
-                self.slope = float(slope)
-            except ValueError:
-                raise ConfigError(f"activation={name!r}; needed a number behind the colon") from None
-        elif self.name not in ACTIVATIONS or slope:
-            known = ", ".join([*ACTIVATIONS, f"{_LEAKY}:0.1"])
-            raise ConfigError(f"activation={name!r}; known are {known}{nearest(name, ACTIVATIONS)}")
+        self.name, colon, number = str(name).partition(":")
+        known = _WITH_NUMBER if colon else ACTIVATIONS | _WITH_NUMBER
+        if self.name not in known:
+            shown = ", ".join([*ACTIVATIONS, "leaky_relu:0.1"])
+            raise ConfigError(f"activation={name!r}; known are {shown}{nearest(self.name, known)}")
+        try:
+            self.numbers = [float(number)] if colon else []
+        except ValueError:
+            raise ConfigError(f"activation={name!r}; needed a number behind the colon") from None
 
     def forward(self, x: Tensor) -> Tensor:
         """The activation of each entry."""
-        return ACTIVATIONS[self.name](x) if self.slope is None else F.leaky_relu(x, self.slope)
+        found: Tensor = (ACTIVATIONS | _WITH_NUMBER)[self.name](x, *self.numbers)
+        return found
 
     def extra_repr(self) -> str:
         """The name."""
-        return self.name if self.slope is None else f"{self.name}:{self.slope}"
+        return ":".join([self.name, *map(str, self.numbers)])
 
 
 class Scale(nn.Module):

@@ -6,12 +6,15 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from scipy import special
 from torch import nn
 from torch.nn import functional as F
 
 import ntkpipe
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.infinite.activations.catalogue import CLOSED
 from ntkpipe.parametrised import Conv2d, Dense, Pointwise, mlp
+from ntkpipe.parametrised.layers import ACTIVATIONS
 
 PARAMETRISATIONS = ("ntk", "standard", "mup")
 
@@ -131,21 +134,34 @@ def test_layers_are_copied_and_pickled() -> None:
     assert "W_std=1" in repr(model)
 
 
-@pytest.mark.parametrize(
-    ("name", "function"),
-    [
-        ("relu", lambda x: np.maximum(x, 0)),
-        ("leaky_relu:0.1", lambda x: np.where(x > 0, x, 0.1 * x)),
-        ("abs", np.abs),
-        ("sin", np.sin),
-        ("identity", lambda x: x),
-        ("silu", lambda x: x / (1 + np.exp(-x))),
-        ("softplus", lambda x: np.log1p(np.exp(x))),
-    ],
-)
-def test_activations_are_functions_of_that_name(name, function) -> None:
-    x = drawn((50,))
-    np.testing.assert_allclose(Pointwise(name)(x), function(x.numpy()), rtol=1e-13)
+FUNCTIONS = {
+    "relu": lambda x: np.maximum(x, 0),
+    "leaky_relu": lambda x: np.where(x > 0, x, 0.01 * x),
+    "leaky_relu:0.1": lambda x: np.where(x > 0, x, 0.1 * x),
+    "abs": np.abs,
+    "erf": special.erf,
+    "gelu": lambda x: x * special.ndtr(x),
+    "sin": np.sin,
+    "cos": np.cos,
+    "identity": lambda x: x,
+    "tanh": np.tanh,
+    "sigmoid": special.expit,
+    "silu": lambda x: x * special.expit(x),
+    "softplus": lambda x: np.logaddexp(0, x),
+    "elu": lambda x: np.where(x > 0, x, np.expm1(x)),
+    "hardtanh": lambda x: np.clip(x, -1, 1),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_activations_are_functions_of_that_name(name) -> None:
+    x = 3 * drawn((200,))
+    np.testing.assert_allclose(Pointwise(name)(x), FUNCTIONS[name](x.numpy()), rtol=1e-12, atol=1e-14)
+
+
+def test_every_name_of_infinite_networks_is_known() -> None:
+    assert {*CLOSED} <= FUNCTIONS.keys()
+    assert {*ACTIVATIONS} < FUNCTIONS.keys()
 
 
 @pytest.mark.parametrize(
