@@ -18,7 +18,6 @@ from .build.estimate import estimate_cluster as estimate_cluster
 from .build.in_memory import jacobian_operator as jacobian_operator
 from .build.in_memory import kernel_matrix as kernel_matrix
 from .infinite.matrix import infinite_kernel_matrix as infinite_kernel_matrix
-from .infinite.sphere import sphere_spectrum as sphere_spectrum
 from .learning.dynamics import dynamics as dynamics
 from .learning.gaussian.calibration import calibration as calibration
 from .learning.gaussian.influence import influence as influence
