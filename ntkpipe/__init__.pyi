@@ -15,6 +15,8 @@ from .build.compute import repair as repair
 from .build.compute import verify as verify
 from .build.derive import derive_kernel as derive_kernel
 from .build.estimate import estimate_cluster as estimate_cluster
+from .build.from_formula import compute_infinite_kernel as compute_infinite_kernel
+from .build.from_formula import plan_infinite_kernel as plan_infinite_kernel
 from .build.in_memory import jacobian_operator as jacobian_operator
 from .build.in_memory import kernel_matrix as kernel_matrix
 from .infinite.matrix import infinite_kernel_matrix as infinite_kernel_matrix

@@ -2,8 +2,7 @@
 
 import os
 import socket
-import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,9 +20,9 @@ from ntkpipe.base.grid import Grid, Span
 from ntkpipe.base.kinds import array_of
 from ntkpipe.build.plan import BlockTask, Plan
 from ntkpipe.build.records import BlockRecord, BuildRecord, TileRecord
+from ntkpipe.build.strips import Contraction, Strip, StripCache, StripEngine, StripKey
 from ntkpipe.build.transfer import NUM_BUFFERS, Arrival, tile_buffers, to_host_tensor
 from ntkpipe.executors.threads import RunStopped
-from ntkpipe.jacobian.engine import Engine, JacobianBlock
 from ntkpipe.jacobian.model.device import (
     describe_arithmetic,
     exact_process,
@@ -33,12 +32,11 @@ from ntkpipe.jacobian.model.device import (
 )
 from ntkpipe.jacobian.model.functional import Batch
 from ntkpipe.jacobian.model.samples import Source, show_samples
-from ntkpipe.jacobian.representations.pieces import Piece, contract_diagonal_planes, contract_planes
+from ntkpipe.jacobian.representations.pieces import contract_planes
 from ntkpipe.jacobian.representations.sums import Pairs, Workspace
 from ntkpipe.store.growth import ChunkKey
 from ntkpipe.store.layout import Index
 
-StripKey = tuple[str, Span]
 # Row samples, and what was computed of them: outputs first, then entries for the arrays that lack them.
 _Computed = tuple[Span, dict[ChunkKey, Arrival]]
 
@@ -58,45 +56,11 @@ class Sink(Protocol):
         """Memory where a tile may be computed in place, so that writing it copies nothing; none if there is none."""
 
 
-class StripCache:
-    """Jacobian strips shared by the workers of one process; the least recently used is dropped first."""
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._used = 0
-        self._strips: OrderedDict[StripKey, JacobianBlock] = OrderedDict()
-        self._lock = threading.Lock()
-        self._making: dict[StripKey, threading.Lock] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return StripCache, (self._capacity,)  # strips stay in the process that computed them
-
-    def get(self, key: StripKey, make: Callable[[], JacobianBlock]) -> JacobianBlock:
-        """The strip, computed by ``make`` if it is not cached; two workers never compute the same one at once."""
-        if self._capacity == 0:
-            return make()
-        with self._lock:
-            making = self._making.setdefault(key, threading.Lock())
-        with making:
-            with self._lock:
-                if key in self._strips:
-                    self._strips.move_to_end(key)
-                    return self._strips[key]
-            block = make()
-            with self._lock:
-                self._strips[key] = block
-                self._used += block.num_bytes()
-                while self._used > self._capacity:
-                    _, dropped = self._strips.popitem(last=False)
-                    self._used -= dropped.num_bytes()
-            return block
-
-
 @dataclass(frozen=True)
 class BuildJob:
     """Everything that a worker needs for any task; idempotent, whatever ran before or runs beside it."""
 
-    engine: Engine  # copied for each worker
+    engine: StripEngine  # copied for each worker
     plan: Plan
     sources: Mapping[str, Source]  # samples by split, `train` and `test`
     is_mapping: bool  # whether a sample is a dict
@@ -107,6 +71,7 @@ class BuildJob:
     prefixes: tuple[str, ...] = ("kernel",)  # folders of the planes, in the order of contraction
     in_use: Callable[[], AbstractContextManager[None]] = nullcontext  # marks the store: a worker may outlive its driver
     default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)  # of the process that makes the job
+    contraction: Contraction = field(default_factory=Contraction)
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -130,17 +95,16 @@ class BuildJob:
 
 @dataclass
 class Gram:
-    """Contracts the strips of one worker; where memory runs out, it halves the pieces from then on."""
+    """Fills tiles from the strips of one worker; where memory runs out, it halves the pieces from then on."""
 
     num_covectors: int
     pairs: Pairs
     pause: Callable[[], None]
     most: int | None = None  # samples of a piece, if there is a limit
     workspace: Workspace = field(default_factory=Workspace)
+    contract: Callable[..., None] = contract_planes
 
-    def fill(
-        self, left: JacobianBlock, right: JacobianBlock, tiles: Sequence[Tensor], row: int, column: int, mirror: bool
-    ) -> None:
+    def fill(self, left: Strip, right: Strip, tiles: Sequence[Tensor], row: int, column: int, mirror: bool) -> None:
         """Write the Gram entries of two strips into the tile of every plane, sample-major."""
         while True:
             # The parts of a piece that meets itself must be the same objects on both sides.
@@ -153,7 +117,7 @@ class Gram:
                             continue
                         self.pause()
                         parts = [tile[rows, columns] for tile in tiles]
-                        contract_planes(one, other, self.workspace, self.pairs, parts)
+                        self.contract(one, other, self.workspace, self.pairs, parts)
                         if mirror and columns != rows:
                             for tile in tiles:
                                 tile[columns, rows] = tile[rows, columns].T
@@ -168,7 +132,7 @@ class Gram:
             self.workspace.clear()
             release_memory()
 
-    def _placed(self, block: JacobianBlock, start: int) -> Iterator[tuple[slice, Piece]]:
+    def _placed(self, block: Strip, start: int) -> Iterator[tuple[slice, Any]]:
         """Pieces of a block, or parts of at most ``most`` samples, with their rows in the tile."""
         width = self.num_covectors
         for piece in block.pieces:
@@ -189,9 +153,9 @@ class _Builder:
         self._engine = job.engine.moved(self._device).copy()
         self._pause = pause
         width = job.plan.workload.num_covectors
-        rows, self._gram = job.plan.workload.tile * width, Gram(width, job.pairs, pause)
+        rows, self._gram = job.plan.workload.tile * width, Gram(width, job.pairs, pause, contract=job.contraction.fill)
         self._buffers = [tile_buffers(self._device, rows, job.store_dtype) for _ in job.prefixes]
-        self._held: dict[StripKey, JacobianBlock] = {}
+        self._held: dict[StripKey, Strip] = {}
         self._batch = job.plan.batch
         self._flops = 0.0
         self._num_bytes = 0
@@ -331,7 +295,7 @@ class _Builder:
             self._pause()
             block = self._strip(("test", strip), frozenset())
             for piece in block.pieces:
-                planes = contract_diagonal_planes(piece, self._job.pairs, len(arrays))
+                planes = self._job.contraction.diagonal(piece, self._job.pairs, len(arrays))
                 for part, values in zip(parts, planes, strict=True):
                     part.append(values)
             outputs.append(block.outputs)
@@ -351,14 +315,14 @@ class _Builder:
             )
         return values
 
-    def _strip(self, key: StripKey, keep: frozenset[StripKey]) -> JacobianBlock:
-        """Jacobians of a strip: held, cached or computed. Afterwards only it and ``keep`` are held."""
+    def _strip(self, key: StripKey, keep: frozenset[StripKey]) -> Strip:
+        """A strip: held, cached or computed. Afterwards only it and ``keep`` are held."""
         if key not in self._held:
             self._held = {other: block for other, block in self._held.items() if other in keep}
             self._held[key] = self._job.cache.get(key, lambda: self._compute(key))
         return self._held[key]
 
-    def _compute(self, key: StripKey) -> JacobianBlock:
+    def _compute(self, key: StripKey) -> Strip:
         split, span = key
         source, at = self._job.sources[split], span
 
@@ -367,7 +331,8 @@ class _Builder:
             self._pause()
             at = Span(start, stop)
             arrays = {name: to_host_tensor(v, self._device) for name, v in source.read(start, stop).items()}
-            return self._engine.model.to_batch(arrays, self._job.is_mapping)
+            batch: Batch = self._engine.model.to_batch(arrays, self._job.is_mapping)
+            return batch
 
         try:
             sizes = {"subtile": self._plan.subtile, "batch": self._batch}

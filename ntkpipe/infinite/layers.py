@@ -88,7 +88,7 @@ class Activation(Layer):
     dual: Dual = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dual", dual_of(self.function, self.kinks, self.tolerance))
+        object.__setattr__(self, "dual", dual_of(self.function, self.kinks, self.tolerance, self.name))
 
     def keep(self, state: State) -> Kept:
         """What the dual activation needs of variances."""

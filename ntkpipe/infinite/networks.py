@@ -55,7 +55,9 @@ class Network(ABC):
                     parts.append(layer.advance(state))
                 self._require_finite(state.s, state.theta, number, run.start)
             if state.s.ndim > 1:
-                raise ConfigError(f"the network ends with pixels {state.s.shape[1:]}; needed Flatten or GlobalAveragePool")
+                raise ConfigError(
+                    f"the network ends with pixels {state.s.shape[1:]}; needed Flatten or GlobalAveragePool"
+                )
             kept.append(tuple(parts))
             nngp.append(state.s)
             ntk.append(state.theta)
@@ -120,7 +122,9 @@ class Network(ABC):
 def _joined(parts: list[Kept]) -> Kept:
     first = parts[0]
     return tuple(
-        _joined([each[at] for each in parts]) if isinstance(one, tuple) else np.concatenate([each[at] for each in parts])
+        _joined([each[at] for each in parts])
+        if isinstance(one, tuple)
+        else np.concatenate([each[at] for each in parts])
         for at, one in enumerate(first)
     )
 

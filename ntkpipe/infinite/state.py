@@ -90,4 +90,3 @@ def sliced(kept: Kept, part: slice) -> Kept:
 def size_of(kept: Kept) -> int:
     """Bytes of all arrays."""
     return sum(size_of(each) if isinstance(each, tuple) else each.nbytes for each in kept)
-
