@@ -97,9 +97,9 @@ def compare_kernels(
     Entries are compared exactly, in float64, by one pass over the tiles of both in step. Where one is a full NTK of
     N·O rows and the other K has one row a sample, as a pNTK or the limit of infinite width, the latter is ``K ⊗ I_O``
     (Mohamadi, Bae, Sutherland 2023, arXiv 2206.12543), of which only strips of a tile ever exist; differences of full
-    NTKs are also split by outputs. Leading eigenpairs are found to a true residual of 1e-10; how the rest is found is in
-    :mod:`ntkpipe.analysis.comparing.compare`, and ``method`` of the result says which. Nothing below the storage floor
-    is given as a ratio: ``smallest_eigenvalue_note`` says so instead.
+    NTKs are also split by outputs. Leading eigenpairs are found to a true residual of 1e-10; how the rest is found is
+    in :mod:`ntkpipe.analysis.comparing.compare`, and ``method`` of the result says which. Nothing below the storage
+    floor is given as a ratio: ``smallest_eigenvalue_note`` says so instead.
 
     Parameters
     ----------
