@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from textwrap import shorten
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -25,6 +26,7 @@ FORMAT: Literal[1] = 1
 ATTRIBUTE = "ntkpipe"
 
 _MOST_AXES = 63  # numpy supports 64, and one is the sample axis
+_MOST_SHOWN = 1000  # characters of a network
 _LARGEST = 2**53  # other JSON readers parse numbers as float64
 
 
@@ -181,7 +183,7 @@ class Manifest(_Record):
             ("made", ", ".join(f"{name} {value}" for name, value in self.environment.items())),
         ]
         if self.source is not None:
-            rows += [("network", json.dumps(self.source.network)), ("also", ", ".join(self.groups))]
+            rows.append(("network", shorten(json.dumps(self.source.network), _MOST_SHOWN, placeholder=" …")))
         elif self.groups and self.model is not None:
             sizes = [f"{name} ({len(parameters)})" for name, parameters in self.groups.items()]
             left = len(self.model.parameters) - sum(map(len, self.groups.values()))
@@ -218,7 +220,10 @@ def from_attribute(value: object, where: str) -> Manifest:
     found = value["manifest"].get("format")
     if found != FORMAT:
         raise StoreError(f"{where} has store format {repr(found)[:20]}; this version reads format {FORMAT}")
-    problem = _implausible(value["manifest"])
+    try:
+        problem = _implausible(value["manifest"])
+    except RecursionError:
+        problem = "it is nested too deeply"
     if problem is not None:
         raise StoreError(f"the manifest of {where} is damaged: {problem}")
     try:
