@@ -1,5 +1,6 @@
 """Layers of an infinitely wide network: what each does to covariances Σ and tangent kernels Θ."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -31,6 +32,11 @@ class Layer:
         self.apply(state, kept, kept)
         return kept
 
+    @property
+    def gain(self) -> float:
+        """What Σ and Θ are multiplied with before all else, by :meth:`State.multiply`."""
+        return 1.0
+
     def canonical(self) -> dict[str, Any]:
         """All options that decide numbers, as JSON has them."""
         return {"layer": type(self).__name__} | {each.name: getattr(self, each.name) for each in fields(self)}
@@ -55,25 +61,28 @@ class Dense(Layer):
     parametrisation: Parametrisation = "ntk"
     width: int | None = None  # which the next layer needs in the standard parametrisation
 
+    @property
+    def gain(self) -> float:
+        """W²."""
+        return self.W_std**2
+
     def apply(self, state: State, left: Kept, right: Kept) -> None:
-        """Θ ← own + W² Θ, Σ ← W² Σ + b² τ² (Jacot et al. 2018, Thm. 1; Sohl-Dickstein et al. 2020 for the standard one)."""
-        gain, bias = self.W_std**2, (self.b_std or 0.0) ** 2
-        s, theta = state.s, state.theta
-        theta *= gain
-        if self.parametrisation == "standard" and self.trained:
+        """Θ ← own + W² Θ, Σ ← W² Σ + b² τ² (Jacot et al. 2018, Thm. 1; Sohl-Dickstein et al. 2020, standard)."""
+        state.multiply(self.gain)
+        s, theta, bias = state.s, state.theta, (self.b_std or 0.0) ** 2
+        if self.trained and self.parametrisation == "standard":
             (own,) = state.scratch(1)
-            np.multiply(s, state.fan_in, out=own)
+            np.multiply(s, state.fan_in / self.gain, out=own)
             if self.b_std is not None:
                 own += 1.0
             theta += own
-        s *= gain
-        if self.parametrisation == "ntk" and self.trained and self.bias_init != 1.0:
-            (own,) = state.scratch(1)
-            np.add(s, bias, out=own)
-            theta += own
-        s += bias * self.bias_init**2
-        if self.parametrisation == "ntk" and self.trained and self.bias_init == 1.0:
+        shift = bias * self.bias_init**2
+        if shift:
+            s += shift
+        if self.trained and self.parametrisation == "ntk":
             theta += s
+            if bias != shift:
+                theta += bias - shift
         state.fan_in = self.width or 0
 
 
@@ -95,8 +104,9 @@ class Activation(Layer):
         return self.dual.keep(state.variances)
 
     def apply(self, state: State, left: Kept, right: Kept) -> None:
-        """Σ ← V(Σ), Θ ← V̇(Σ) Θ."""
-        self.dual.apply(state, left, right)
+        """Σ ← V(Σ), Θ ← V̇(Σ) Θ, both times the gain of the next layer."""
+        self.dual.apply(state, left, right, state.gain)
+        state.is_ahead = True
 
     def canonical(self) -> dict[str, Any]:
         """See :meth:`Layer.canonical`."""
@@ -121,15 +131,14 @@ class Residual(Layer):
     def advance(self, state: State) -> Kept:
         """See :meth:`Layer.advance`."""
         s, theta = state.s.copy(), state.theta.copy()
-        kept = tuple(layer.advance(state) for layer in self.inner)
+        kept = advanced(self.inner, state)
         self._add(state, s, theta)
         return kept
 
     def apply(self, state: State, left: Kept, right: Kept) -> None:
         """See :meth:`Layer.apply`."""
         s, theta = state.s.copy(), state.theta.copy()
-        for layer, rows, columns in zip(self.inner, left, right, strict=True):
-            layer.apply(state, rows, columns)
+        through(self.inner, state, left, right)
         self._add(state, s, theta)
 
     @staticmethod
@@ -175,3 +184,27 @@ class Flatten(Layer):
         state.s = np.einsum(f"...{letters}->...", state.s) / pixels
         state.theta = np.einsum(f"...{letters}->...", state.theta) / pixels
         state.fan_in *= pixels
+
+
+def through(layers: Sequence[Layer], state: State, left: Kept, right: Kept) -> None:
+    """Take a state of pairs through layers."""
+    for layer, after, rows, columns in zip(layers, _gains(layers), left, right, strict=True):
+        state.gain = after
+        layer.apply(state, rows, columns)
+    state.is_ahead = False
+
+
+def advanced(layers: Sequence[Layer], state: State, seen: Callable[[int], None] = lambda number: None) -> Kept:
+    """Take an own state through layers, and return what was kept of it; `seen` is called after each."""
+    kept = []
+    for number, (layer, after) in enumerate(zip(layers, _gains(layers), strict=True)):
+        state.gain = after
+        kept.append(layer.advance(state))
+        seen(number)
+    state.is_ahead = False
+    return tuple(kept)
+
+
+def _gains(layers: Sequence[Layer]) -> list[float]:
+    """The gain of the layer behind each."""
+    return [*(layer.gain for layer in layers[1:]), 1.0]

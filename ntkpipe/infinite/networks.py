@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, Literal
 
@@ -10,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray, runs
+from ntkpipe.base.blas import single_threaded_blas
 from ntkpipe.base.errors import ConfigError, DataError
 from ntkpipe.base.given import as_real
 from ntkpipe.infinite.activations.catalogue import Given
-from ntkpipe.infinite.evaluate import EDGE, fill, own_state
-from ntkpipe.infinite.layers import Activation, Dense, Layer, Parametrisation
-from ntkpipe.infinite.state import Kept, Rows, size_of
+from ntkpipe.infinite.evaluate import HEIGHT, fill, own_state
+from ntkpipe.infinite.layers import Activation, Dense, Layer, Parametrisation, advanced
+from ntkpipe.infinite.state import Kept, Rows, State, size_of
 
 FirstLayer = Literal["mean", "sum"]
 
@@ -44,21 +46,19 @@ class Network(ABC):
             return 0
         return 2 if any(getattr(layer, "mixes_pixels", False) for layer in self.layers) else 1
 
+    @single_threaded_blas()
     def prepare(self, samples: NDArray[Any]) -> Rows:
         """Check samples, and find their own covariances after each layer."""
         values = self._entered(samples)
-        copies, kept, nngp, ntk = self.copies(values.shape[1:]), [], [], []
-        for run in runs(len(values), EDGE if copies < 2 else 1):
-            state, parts = own_state(values[run], copies, self.scale(values.shape[-1])), []
-            for number, layer in enumerate(self.layers):
-                with np.errstate(over="ignore", invalid="ignore"):
-                    parts.append(layer.advance(state))
-                self._require_finite(state.s, state.theta, number, run.start)
+        layers, copies, kept, nngp, ntk = self.layers, self.copies(values.shape[1:]), [], [], []
+        for run in runs(len(values), HEIGHT if copies < 2 else 1):
+            state = own_state(values[run], copies, self.scale(values.shape[-1]))
+            with np.errstate(over="ignore", invalid="ignore"):
+                kept.append(advanced(layers, state, partial(self._require_finite, state, run.start)))
             if state.s.ndim > 1:
                 raise ConfigError(
                     f"the network ends with pixels {state.s.shape[1:]}; needed Flatten or GlobalAveragePool"
                 )
-            kept.append(tuple(parts))
             nngp.append(state.s)
             ntk.append(state.theta)
         return Rows(values, _joined(kept), np.concatenate(nngp), np.concatenate(ntk))
@@ -72,7 +72,8 @@ class Network(ABC):
     def fill(self, rows: Rows, columns: Rows, into: FloatArray) -> None:
         """The same, into an array (2, n, m)."""
         copies, scale = self.copies(rows.samples.shape[1:]), self.scale(rows.samples.shape[-1])
-        fill(self.layers, rows, columns, copies=copies, scale=scale, nngp=into[0], ntk=into[1])
+        with single_threaded_blas():
+            fill(self.layers, rows, columns, copies=copies, scale=scale, into=into)
 
     def scale(self, features: int) -> float:
         """What products of inputs are multiplied with."""
@@ -108,8 +109,8 @@ class Network(ABC):
             values = np.moveaxis(values, 1, -1)
         return np.ascontiguousarray(values)
 
-    def _require_finite(self, s: FloatArray, theta: FloatArray, number: int, first: int) -> None:
-        for name, values in (("covariance", s), ("tangent kernel", theta)):
+    def _require_finite(self, state: State, first: int, number: int) -> None:
+        for name, values in (("covariance", state.s), ("tangent kernel", state.theta)):
             bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
             if bad.any():
                 sample, layer = first + int(np.argmax(bad)), self.layers[number].prints()

@@ -1,6 +1,7 @@
-"""What passes through the layers: covariances and tangent kernels of pairs of samples, or of samples with themselves."""
+"""What passes through layers: covariances and tangent kernels of pairs of samples, or of samples with themselves."""
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,6 +24,8 @@ class State:
     theta: FloatArray
     is_own: bool
     fan_in: int  # channels, features
+    gain: float = 1.0  # by which the next layer will multiply; an activation may do so for it
+    is_ahead: bool = False  # whether it has
     spare: "Spare" = field(default_factory=lambda: Spare())
 
     @property
@@ -37,33 +40,54 @@ class State:
 
     def spread(self, left: FloatArray, right: FloatArray) -> tuple[FloatArray, FloatArray]:
         """What was kept of rows and columns, (n,) or (n, H, W) and more, as views that broadcast against Σ."""
-        pixels = (slice(None), slice(None)) * (self.copies > 0)
-        gaps = (None, None) * (self.copies > 1)
-        rows, columns = (slice(None),), (slice(None),)
-        if not self.is_own:
-            rows, columns = (slice(None), None), (None, slice(None))
-        return left[(*rows, *pixels, *gaps)], right[(*columns, *gaps, *pixels)]
+        rows, columns = _VIEWS[self.is_own, self.copies]
+        return left[rows], right[columns]
 
     def scratch(self, count: int) -> list[FloatArray]:
         """Arrays like Σ for the use of one layer."""
         return self.spare.arrays(count, self.s.shape)
+
+    def multiply(self, gain: float) -> None:
+        """Multiply Σ and Θ by a gain, unless the activation before has."""
+        if not self.is_ahead and gain != 1.0:
+            self.s *= gain
+            self.theta *= gain
+        self.is_ahead = False
+
+
+def _views(is_own: bool, copies: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    pixels, gaps = (slice(None),) * 2 * (copies > 0), (None, None) * (copies > 1)
+    rows, columns = ((slice(None),), (slice(None),)) if is_own else ((slice(None), None), (None, slice(None)))
+    return (*rows, *pixels, *gaps), (*columns, *gaps, *pixels)
+
+
+_VIEWS = {(is_own, copies): _views(is_own, copies) for is_own in (False, True) for copies in (0, 1, 2)}
 
 
 class Spare:
     """Memory that layers share, one after the other."""
 
     def __init__(self) -> None:
-        self._held: list[FloatArray] = []
+        self._held: dict[int, list[FloatArray]] = {}  # by size
+        self._base: dict[int, list[FloatArray]] = {}
 
     def arrays(self, count: int, shape: tuple[int, ...]) -> list[FloatArray]:
         """Arrays of a shape, which hold anything."""
-        size = int(np.prod(shape))
-        while len(self._held) < count:
-            self._held.append(np.empty(size))
-        for place, each in enumerate(self._held[:count]):
-            if each.size < size:
-                self._held[place] = np.empty(size)
-        return [each[:size].reshape(shape) for each in self._held[:count]]
+        return _taken(self._held, count, shape)
+
+    def first(self, count: int, shape: tuple[int, ...]) -> list[FloatArray]:
+        """Others, for Σ and Θ of a strip."""
+        return _taken(self._base, count, shape)
+
+
+def _taken(held: dict[int, list[FloatArray]], count: int, shape: tuple[int, ...]) -> list[FloatArray]:
+    size = prod(shape)
+    if size not in held:
+        held.clear()  # other shapes are over
+    arrays = held.setdefault(size, [])
+    while len(arrays) < count:
+        arrays.append(np.empty(size))
+    return [each.reshape(shape) for each in arrays[:count]]
 
 
 @dataclass(frozen=True)

@@ -22,36 +22,36 @@ class Rectifier(Dual):
     slope: float
 
     def keep(self, p: FloatArray) -> Kept:
-        """√p, and its inverse, which is zero where p is."""
+        """√p, and 1 / √p of both signs, zero where p is."""
         root = np.sqrt(p)
-        return root, np.divide(math.sqrt(_RAISED), root, out=np.zeros_like(root), where=root > 0.0)
+        inverse = np.divide(math.sqrt(_RAISED), root, out=np.zeros_like(root), where=root > 0.0)
+        return root, inverse, -inverse
 
-    def apply(self, state: State, left: Kept, right: Kept) -> None:
+    def apply(self, state: State, left: Kept, right: Kept, gain: float) -> None:
         """V = √(pq) (sin φ + (π − φ) cos φ) / 2π, V̇ = (π − φ) / 2π."""
         s, theta = state.s, state.theta
-        cosine, value, angle = state.scratch(3)
-        np.multiply(*state.spread(left[1], right[1]), out=cosine)
-        cosine *= s
-        np.clip(cosine, -1.0, 1.0, out=cosine)
-        np.subtract(1.0, cosine, out=value)  # 1 − c² would lose the digits of angles near zero
-        np.add(1.0, cosine, out=angle)
+        minus, value, angle = state.scratch(3)
+        np.multiply(*state.spread(left[1], right[2]), out=minus)  # −cos φ, so that its angle is π − φ
+        minus *= s
+        np.clip(minus, -1.0, 1.0, out=minus)
+        np.add(1.0, minus, out=value)  # 1 − c² would lose the digits of angles near zero
+        np.subtract(1.0, minus, out=angle)
         value *= angle
         np.sqrt(value, out=value)
-        np.arccos(cosine, out=angle)
-        np.subtract(math.pi, angle, out=angle)
-        cosine *= angle
-        value += cosine
-        np.multiply(*state.spread(left[0], right[0]), out=cosine)
-        share = (1.0 - self.slope) ** 2 / (2.0 * math.pi)
+        np.arccos(minus, out=angle)
+        minus *= angle
+        value -= minus
+        share = gain * (1.0 - self.slope) ** 2 / (2.0 * math.pi)
+        np.multiply(*state.spread(left[0], right[0]), out=minus)
+        value *= share
         angle *= share
-        cosine *= share
-        value *= cosine
         if self.slope:
-            s *= self.slope
+            value *= minus
+            s *= gain * self.slope
             s += value
-            angle += self.slope
+            angle += gain * self.slope
         else:
-            s[...] = value
+            np.multiply(value, minus, out=s)
         theta *= angle
 
     def slow(self, s: float, p: float, q: float) -> tuple[float, float]:
@@ -93,14 +93,14 @@ class Erf(_Bounded):
     name = "erf"
     threshold = 0.5
 
-    def apply(self, state: State, left: Kept, right: Kept) -> None:
+    def apply(self, state: State, left: Kept, right: Kept, gain: float) -> None:
         """V = (2/π) asin x, V̇ = (2/π) / √((½ + p)(½ + q)(1 − x²)), x = s / √((½ + p)(½ + q))."""
         scale, sine, rest, _ = self.sine(state, left, right)
         np.arcsin(sine, out=state.s)
-        state.s *= 2.0 / math.pi
+        state.s *= gain * (2.0 / math.pi)
         np.sqrt(rest, out=rest)
         scale /= rest
-        scale *= 2.0 / math.pi
+        scale *= gain * (2.0 / math.pi)
         state.theta *= scale
 
     def slow(self, s: float, p: float, q: float) -> tuple[float, float]:
@@ -116,7 +116,7 @@ class Gelu(_Bounded):
     name = "gelu"
     threshold = 1.0
 
-    def apply(self, state: State, left: Kept, right: Kept) -> None:
+    def apply(self, state: State, left: Kept, right: Kept, gain: float) -> None:
         """With x = s / √D = sin ψ, D = (1 + p)(1 + q), A = 1 / (1 + p), B = 1 / (1 + q).
 
         V = s/4 + (s ψ + x² / (√D cos ψ) + pq cos ψ / √D) / 2π, V̇ = ¼ + (ψ + tan ψ (A B / cos² ψ + A + B)) / 2π.
@@ -134,16 +134,16 @@ class Gelu(_Bounded):
         np.divide(sine, rest, out=added)  # tan ψ
         slope *= added
         slope += angle
-        slope *= 0.5 / math.pi
-        slope += 0.25
+        slope *= gain * (0.5 / math.pi)
+        slope += gain * 0.25
         state.theta *= slope
         added *= sine
         added *= scale
         added += other
         angle *= s
         added += angle
-        added *= 0.5 / math.pi
-        s *= 0.25
+        added *= gain * (0.5 / math.pi)
+        s *= gain * 0.25
         s += added
 
     def slow(self, s: float, p: float, q: float) -> tuple[float, float]:
@@ -167,15 +167,15 @@ class Wave(Dual):
         """p / 2."""
         return (0.5 * p,)
 
-    def apply(self, state: State, left: Kept, right: Kept) -> None:
+    def apply(self, state: State, left: Kept, right: Kept, gain: float) -> None:
         """E[sin sin] = e^(−(p+q)/2) sinh s, E[cos cos] = e^(−(p+q)/2) cosh s, without overflow."""
         near, far, half = state.scratch(3)
         np.add(*state.spread(left[0], right[0]), out=half)
         np.exp(np.subtract(state.s, half, out=near), out=near)
         half += state.s
         np.exp(np.negative(half, out=far), out=far)
-        near *= 0.5
-        far *= 0.5
+        near *= 0.5 * gain
+        far *= 0.5 * gain
         odd, even = np.subtract(near, far, out=half), np.add(near, far, out=near)
         value, slope = (odd, even) if self.name == "sin" else (even, odd)
         state.s[...] = value
@@ -197,8 +197,10 @@ class Identity(Dual):
         """Nothing."""
         return ()
 
-    def apply(self, state: State, left: Kept, right: Kept) -> None:
+    def apply(self, state: State, left: Kept, right: Kept, gain: float) -> None:
         """V = s, V̇ = 1."""
+        state.is_ahead = gain == 1.0
+        state.multiply(gain)
 
     def slow(self, s: float, p: float, q: float) -> tuple[float, float]:
         """The same."""

@@ -16,8 +16,8 @@ class Dual(ABC):
         """What pairs need of variances p: arrays that begin with the axes of p."""
 
     @abstractmethod
-    def apply(self, state: State, left: Kept, right: Kept) -> None:
-        """Σ ← V, Θ ← V̇ Θ, where `left` and `right` are what :meth:`keep` returned for rows and columns."""
+    def apply(self, state: State, left: Kept, right: Kept, gain: float) -> None:
+        """Σ ← gain V, Θ ← gain V̇ Θ, where `left` and `right` are what :meth:`keep` returned for rows and columns."""
 
     @abstractmethod
     def slow(self, s: float, p: float, q: float) -> tuple[float, float]:

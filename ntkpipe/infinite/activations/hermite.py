@@ -115,7 +115,7 @@ class Series(Dual):
             )
         return values
 
-    def apply(self, state: State, left: Kept, right: Kept) -> None:
+    def apply(self, state: State, left: Kept, right: Kept, gain: float) -> None:
         """See :meth:`Dual.apply`."""
         spread = [state.spread(rows, columns) for rows, columns in zip(left, right, strict=True)]
         variances, inverse, steps, squares, rests, terms, slope_squares, slope_rests, slope_terms = spread
@@ -141,7 +141,8 @@ class Series(Dual):
             p, q = (float(np.broadcast_to(each, same.shape)[at]) for each in variances)
             step = min(float(np.broadcast_to(each, same.shape)[at]) for each in steps)
             value[at], slope[at] = self.in_plane(p, q, float(cosine[at]), step)
-        state.s[...] = value
+        np.multiply(value, gain, out=state.s)
+        slope *= gain
         state.theta *= slope
 
     def in_plane(self, p: float, q: float, cosine: float, step: float) -> list[float]:
