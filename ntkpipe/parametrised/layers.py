@@ -14,6 +14,7 @@ from ntkpipe.base.errors import ConfigError, nearest
 Parametrisation = Literal["ntk", "standard", "mup"]
 Position = Literal["first", "hidden", "last"]
 Padding = Literal["same", "valid", "circular"] | int
+Pair = int | tuple[int, int]  # of both axes, or one each
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "relu": torch.relu,
@@ -240,11 +241,11 @@ class Conv2d(_Layer):
     n_out
         Channels of the outputs.
     filter
-        Edge of the square filter.
+        Edge of the filter, or (height, width).
     W_std, b_std, parametrisation, bias_init, position, generator, dtype
         As those of :class:`Dense`.
     stride
-        Step along both axes.
+        Step along both axes, or one each.
     padding
         ``"same"``: zeros, such that H/stride pixels come out, rounded up, and the larger half behind, as in JAX and
         TensorFlow; ``"circular"``: as many, of the other edge; ``"valid"``: none; or how many zeros on each side, as in
@@ -260,25 +261,27 @@ class Conv2d(_Layer):
         self,
         n_in: int,
         n_out: int,
-        filter: int = 3,  # noqa: A002 - as infinite.Convolutional calls it
+        filter: Pair = 3,  # noqa: A002 - as infinite.Convolutional calls it
         W_std: float = 1.0,
         b_std: float | None = None,
         parametrisation: Parametrisation = "ntk",
         *,
-        stride: int = 1,
+        stride: Pair = 1,
         padding: Padding = "same",
         bias_init: float = 1.0,
         position: Position = "hidden",
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_number("stride", stride, low=1)
+        edges, steps = (pair if isinstance(pair, tuple) else (pair, pair) for pair in (filter, stride))
+        for step in steps:
+            check_number("stride", step, low=1)
         if not isinstance(padding, str):
             check_number("padding", padding, low=0)
         elif padding not in ("same", "valid", "circular"):
             raise ConfigError(f"padding={padding!r}; needed 'same', 'valid', 'circular', or zeros on each side")
         super().__init__(
-            (n_out, n_in, filter, filter),
+            (n_out, n_in, *edges),
             W_std=W_std,
             b_std=b_std,
             bias_init=bias_init,
@@ -287,17 +290,17 @@ class Conv2d(_Layer):
             generator=generator,
             dtype=dtype,
         )
-        self.stride, self.padding = stride, padding
+        self.stride, self.padding = steps, padding
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``W * x + b``."""
         if isinstance(self.padding, int):
             return F.conv2d(x, weight, bias, self.stride, self.padding)
         if self.padding != "valid":
-            sides = [side for size in (x.shape[-1], x.shape[-2]) for side in self._sides(size)]
+            sides: list[int] = []
+            for axis in (-1, -2):
+                size, step = x.shape[axis], self.stride[axis]
+                total = max((-(-size // step) - 1) * step + weight.shape[axis] - size, 0)
+                sides += [total // 2, total - total // 2]
             x = F.pad(x, sides, mode="circular" if self.padding == "circular" else "constant")
         return F.conv2d(x, weight, bias, self.stride)
-
-    def _sides(self, size: int) -> tuple[int, int]:
-        total = max((math.ceil(size / self.stride) - 1) * self.stride + self.weight.shape[-1] - size, 0)
-        return total // 2, total - total // 2

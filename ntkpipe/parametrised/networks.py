@@ -16,6 +16,7 @@ from ntkpipe.parametrised.layers import (
     Conv2d,
     Dense,
     Padding,
+    Pair,
     Parametrisation,
     Pointwise,
     Position,
@@ -35,6 +36,13 @@ def _one_a_layer(name: str, values: Any, count: int) -> list[Any]:
     if len(found) != count:
         raise ConfigError(f"{name} has {len(found)} values; needed one, or {count}, one a layer")
     return found
+
+
+def _entrance(first_layer: str, features: int) -> dict[str, nn.Module]:
+    """What multiplies inputs before the first layer, which takes means over features, if anything."""
+    if first_layer not in ("mean", "sum"):
+        raise ConfigError(f"first_layer={first_layer!r}; needed 'mean' or 'sum'")
+    return {"inputs": Scale(math.sqrt(features))} if first_layer == "sum" else {}
 
 
 def _position(layer: int, count: int) -> Position:
@@ -100,14 +108,10 @@ def mlp(
     """
     sizes = [n_in, *widths, n_out]
     count = len(sizes) - 1
-    if first_layer not in ("mean", "sum"):
-        raise ConfigError(f"first_layer={first_layer!r}; needed 'mean' or 'sum'")
     if parametrisation == "mup" and count == 1:
         raise ConfigError("parametrisation='mup' of a network without hidden layers; needed at least one of widths")
     deviations, biases = _one_a_layer("W_std", W_std, count), _one_a_layer("b_std", b_std, count)
-    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
-    if first_layer == "sum":
-        layers["inputs"] = Scale(math.sqrt(n_in))
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten(), **_entrance(first_layer, n_in))
     generator = _generator(seed)
     for layer in range(count):
         if layer:
@@ -132,14 +136,15 @@ def cnn(
     n_out: int,
     *,
     activation: str = "relu",
-    filter: int = 3,  # noqa: A002 - as infinite.Convolutional calls it
-    strides: int | Sequence[int] = 1,
+    filter: Pair = 3,  # noqa: A002 - as infinite.Convolutional calls it
+    strides: int | Sequence[Pair] = 1,
     padding: Padding = "same",
     pool: int | Sequence[int] = 1,
     head: Literal["flatten", "gap"] = "gap",
     W_std: float | Sequence[float] = 1.0,
     b_std: float | Sequence[float | None] | None = None,
     bias_init: float = 1.0,
+    first_layer: Literal["mean", "sum"] = "mean",
     parametrisation: Parametrisation = "ntk",
     seed: Seed = 0,
     dtype: torch.dtype | None = None,
@@ -162,17 +167,18 @@ def cnn(
     activation
         Name of the activation, as :mod:`ntkpipe.infinite` has it.
     filter
-        Edge of the filters.
+        Edge of the filters, or (height, width).
     strides
-        Stride of all convolutions, or one each.
+        Stride of all convolutions, or one or a pair each.
     padding
         ``"same"``, ``"valid"``, ``"circular"``, or zeros on each side; see :class:`ntkpipe.parametrised.Conv2d`.
     pool
         Edge of the average pool behind each activation, or one each; 1 is none.
     head
         ``"gap"``: the mean over pixels; ``"flatten"``: all pixels.
-    W_std, b_std, bias_init, parametrisation, seed, dtype
-        As those of :func:`mlp`; lists have a value for each convolution and one for the dense layer.
+    W_std, b_std, bias_init, first_layer, parametrisation, seed, dtype
+        As those of :func:`mlp`; lists have a value for each convolution and one for the dense layer, and the first
+        layer's sum is over channels.
 
     Returns
     -------
@@ -190,7 +196,7 @@ def cnn(
     deviations, biases = _one_a_layer("W_std", W_std, count + 1), _one_a_layer("b_std", b_std, count + 1)
     steps, pools = _one_a_layer("strides", strides, count), _one_a_layer("pool", pool, count)
     common: dict[str, Any] = {"bias_init": bias_init, "generator": generator, "dtype": dtype}
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers: OrderedDict[str, nn.Module] = OrderedDict(_entrance(first_layer, shape[0]))
     for layer, (n_in, n_units) in enumerate(zip([shape[0], *channels], channels, strict=False)):
         layers[f"conv_{layer}"] = Conv2d(
             n_in,

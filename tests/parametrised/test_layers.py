@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,19 +41,21 @@ def test_a_dense_layer_is_its_formula(b_std: float | None) -> None:
 @pytest.mark.parametrize(
     ("padding", "mode"), [("same", "constant"), ("circular", "circular"), ("valid", None), (2, None)]
 )
-@pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("edge", [1, 2, 3])
-def test_a_convolution_is_its_formula(padding: str | int, mode: str | None, stride: int, edge: int) -> None:
+@pytest.mark.parametrize("stride", [1, 2, 3, (2, 1)])
+@pytest.mark.parametrize("edge", [1, 2, 3, (3, 2)])
+def test_a_convolution_is_its_formula(padding: str | int, mode: str | None, stride: Any, edge: Any) -> None:
     layer = Conv2d(2, 3, edge, 1.5, 0.3, stride=stride, padding=padding, generator=seeded(), dtype=torch.float64)
     x = wide = drawn((2, 2, 6, 7))
+    edges, steps = (pair if isinstance(pair, tuple) else (pair, pair) for pair in (edge, stride))
     if mode is not None:  # as many pixels as come out need, the larger half behind
-        needs = [max((-(-size // stride) - 1) * stride + edge - size, 0) for size in (7, 6)]
+        axes = zip((7, 6), edges[::-1], steps[::-1], strict=True)
+        needs = [max((-(-size // step) - 1) * step + window - size, 0) for size, window, step in axes]
         wide = F.pad(x, [side for need in needs for side in (need // 2, need - need // 2)], mode=mode)
-    scale = 1.5 / (2 * edge**2) ** 0.5
+    scale = 1.5 / (2 * edges[0] * edges[1]) ** 0.5
     expected = scale * F.conv2d(wide, layer.weight, None, stride, 2 if padding == 2 else 0)
     torch.testing.assert_close(layer(x), expected + 0.3 * layer.bias[:, None, None], rtol=1e-13, atol=1e-13)
     if mode is not None:
-        assert layer(x).shape[-2:] == (-(-6 // stride), -(-7 // stride))
+        assert layer(x).shape[-2:] == (-(-6 // steps[0]), -(-7 // steps[1]))
 
 
 @pytest.mark.parametrize("parametrisation", PARAMETRISATIONS)

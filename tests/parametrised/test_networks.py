@@ -65,7 +65,7 @@ def test_convolutions_are_those_of_neural_tangents() -> None:
     [
         (lambda **options: mlp(8, (16, 24), 2, **options), INPUTS["normal"][:4], (8, 16, 24)),
         (lambda **options: mlp(8, (16, 24), 2, first_layer="sum", **options), INPUTS["normal"][:4], (8, 16, 24)),
-        (lambda **options: cnn((3, 6, 6), (4, 5), 2, pool=(1, 2), **options), IMAGES, (27, 36, 5)),
+        (lambda **options: cnn((3, 6, 6), (4, 5), 2, pool=(1, 2), first_layer="sum", **options), IMAGES, (27, 36, 5)),
         (lambda **options: cnn((3, 6, 6), (4, 5), 2, head="flatten", **options), IMAGES, (27, 36, 180)),
     ],
     ids=["mlp", "sum", "pooled", "flat"],
