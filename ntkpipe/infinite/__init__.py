@@ -1,5 +1,9 @@
 """Networks of infinite width: their Gaussian process (NNGP) and neural tangent kernel (NTK) in closed form or by series."""
 
+from ntkpipe.infinite.convolution import AveragePool as AveragePool
+from ntkpipe.infinite.convolution import Conv as Conv
+from ntkpipe.infinite.convolution import GlobalAveragePool as GlobalAveragePool
+from ntkpipe.infinite.convolutional import Convolutional as Convolutional
 from ntkpipe.infinite.layers import Activation as Activation
 from ntkpipe.infinite.layers import Dense as Dense
 from ntkpipe.infinite.layers import Flatten as Flatten

@@ -41,9 +41,17 @@ class Layer:
         """All options that decide numbers, as JSON has them."""
         return {"layer": type(self).__name__} | {each.name: getattr(self, each.name) for each in fields(self)}
 
-    def operations(self, state_size: int) -> float:
-        """Counted operations of a pair whose Σ has so many entries."""
-        return 4.0 * state_size
+    def sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Height and width of what comes out, () of features; raises ConfigError where such an image does not fit."""
+        return sizes
+
+    def pools(self) -> int:
+        """How many layers in it need pairs of different pixels."""
+        return 0
+
+    def operations(self, entries: int) -> float:
+        """Counted additions, or what takes as long, of a pair whose Σ has so many entries."""
+        return 4.0 * entries
 
     def prints(self) -> str:
         """The layer in the words of messages."""
@@ -105,8 +113,13 @@ class Activation(Layer):
 
     def apply(self, state: State, left: Kept, right: Kept) -> None:
         """Σ ← V(Σ), Θ ← V̇(Σ) Θ, both times the gain of the next layer."""
-        self.dual.apply(state, left, right, state.gain)
-        state.is_ahead = True
+        for strip, first, second in state.strips(left, right):
+            self.dual.apply(strip, first, second, state.gain)
+        state.is_ahead = state.gain != 1.0
+
+    def operations(self, entries: int) -> float:
+        """See :meth:`Layer.operations`."""
+        return self.dual.operations * entries
 
     def canonical(self) -> dict[str, Any]:
         """See :meth:`Layer.canonical`."""
@@ -141,10 +154,25 @@ class Residual(Layer):
         through(self.inner, state, left, right)
         self._add(state, s, theta)
 
+    def sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """See :meth:`Layer.sizes`."""
+        found = sizes
+        for layer in self.inner:
+            found = layer.sizes(found)
+        if found != sizes:
+            raise ConfigError(f"it turns {said(sizes)} into {said(found)}; needed equal sizes to add")
+        return sizes
+
+    def pools(self) -> int:
+        """See :meth:`Layer.pools`."""
+        return sum(layer.pools() for layer in self.inner)
+
+    def operations(self, entries: int) -> float:
+        """See :meth:`Layer.operations`."""
+        return 4.0 * entries + sum(layer.operations(entries) for layer in self.inner)
+
     @staticmethod
     def _add(state: State, s: Any, theta: Any) -> None:
-        if s.shape != state.s.shape:
-            raise ConfigError(f"Residual: its layers make {state.s.shape} of {s.shape}; needed equal sizes to add")
         state.s += s
         state.theta += theta
 
@@ -175,15 +203,20 @@ class LayerNorm(Layer):
 class Flatten(Layer):
     """Pixels become features: the mean over pixels with themselves."""
 
+    is_mean: bool = True  # or the sum
+
     def apply(self, state: State, left: Kept, right: Kept) -> None:
         """See :meth:`Layer.apply`; nothing where there are no pixels."""
-        if state.copies == 0:
-            return
-        pixels = state.s.shape[-2] * state.s.shape[-1]
-        letters = "ab" if state.copies == 1 else "abab"
-        state.s = np.einsum(f"...{letters}->...", state.s) / pixels
-        state.theta = np.einsum(f"...{letters}->...", state.theta) / pixels
-        state.fan_in *= pixels
+        state.flatten(is_mean=self.is_mean)
+
+    def sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """See :meth:`Layer.sizes`."""
+        return ()
+
+
+def said(sizes: tuple[int, ...]) -> str:
+    """Height and width in words."""
+    return f"{sizes[0]} × {sizes[1]} pixels" if sizes else "features"
 
 
 def through(layers: Sequence[Layer], state: State, left: Kept, right: Kept) -> None:

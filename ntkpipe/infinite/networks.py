@@ -14,9 +14,11 @@ from ntkpipe.base.arrays import FloatArray, runs
 from ntkpipe.base.blas import single_threaded_blas
 from ntkpipe.base.errors import ConfigError, DataError
 from ntkpipe.base.given import as_real
+from ntkpipe.infinite import images
 from ntkpipe.infinite.activations.catalogue import Given
 from ntkpipe.infinite.evaluate import HEIGHT, fill, own_state
 from ntkpipe.infinite.layers import Activation, Dense, Layer, Parametrisation, advanced
+from ntkpipe.infinite.slow import slow
 from ntkpipe.infinite.state import Kept, Rows, State, size_of
 
 FirstLayer = Literal["mean", "sum"]
@@ -40,25 +42,31 @@ class Network(ABC):
         """All options that decide numbers, as JSON has them; raises ConfigError where functions have no name."""
         return {"first_layer": self.enters, "layers": [layer.canonical() for layer in self.layers]}
 
-    def copies(self, shape: Sequence[int]) -> int:
-        """Copies of pixel axes that pairs of samples need: none, one (a pixel with itself), or two."""
-        if len(shape) == 1:
-            return 0
-        return 2 if any(getattr(layer, "mixes_pixels", False) for layer in self.layers) else 1
+    def _sizes(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
+        """Heights and widths before each layer, of samples of a shape; raises ConfigError for what does not fit."""
+        found = [tuple(shape[1:])]
+        for number, layer in enumerate(self.layers):
+            try:
+                found.append(layer.sizes(found[-1]))
+            except ConfigError as error:
+                raise ConfigError(f"{self._named(number)}: {error}") from None
+        if found.pop():
+            raise ConfigError("the network ends with pixels; needed Flatten or GlobalAveragePool before its last layer")
+        return found
+
+    def _named(self, number: int) -> str:
+        return f"layer {number + 1} of {len(self.layers)} ({self.layers[number].prints()})"
 
     @single_threaded_blas()
     def prepare(self, samples: NDArray[Any]) -> Rows:
         """Check samples, and find their own covariances after each layer."""
         values = self._entered(samples)
-        layers, copies, kept, nngp, ntk = self.layers, self.copies(values.shape[1:]), [], [], []
-        for run in runs(len(values), HEIGHT if copies < 2 else 1):
-            state = own_state(values[run], copies, self.scale(values.shape[-1]))
+        self._sizes((values.shape[-1], *values.shape[1:-1]))
+        layers, scale, kept, nngp, ntk = self.layers, self.scale(values.shape[-1]), [], [], []
+        for run in runs(len(values), images.pairs_at_once(layers, values) if values.ndim > 2 else HEIGHT):
+            state = own_state(layers, values[run], scale)
             with np.errstate(over="ignore", invalid="ignore"):
                 kept.append(advanced(layers, state, partial(self._require_finite, state, run.start)))
-            if state.s.ndim > 1:
-                raise ConfigError(
-                    f"the network ends with pixels {state.s.shape[1:]}; needed Flatten or GlobalAveragePool"
-                )
             nngp.append(state.s)
             ntk.append(state.theta)
         return Rows(values, _joined(kept), np.concatenate(nngp), np.concatenate(ntk))
@@ -71,9 +79,8 @@ class Network(ABC):
 
     def fill(self, rows: Rows, columns: Rows, into: FloatArray) -> None:
         """The same, into an array (2, n, m)."""
-        copies, scale = self.copies(rows.samples.shape[1:]), self.scale(rows.samples.shape[-1])
         with single_threaded_blas():
-            fill(self.layers, rows, columns, copies=copies, scale=scale, into=into)
+            fill(self.layers, rows, columns, scale=self.scale(rows.samples.shape[-1]), into=into)
 
     def scale(self, features: int) -> float:
         """What products of inputs are multiplied with."""
@@ -84,13 +91,15 @@ class Network(ABC):
         return rows.nngp, rows.ntk
 
     def slow(self, x: NDArray[Any], y: NDArray[Any]) -> tuple[float, float]:
-        """NNGP and NTK of one pair by another path."""
-        raise NotImplementedError
+        """NNGP and NTK of one pair by another path: entry by entry in scalars, of samples as they are given."""
+        return slow(self.layers, np.asarray(x, np.float64), np.asarray(y, np.float64), is_mean=self.enters == "mean")
 
     def operations(self, shape: Sequence[int]) -> float:
         """Counted operations of a pair of samples of a shape."""
-        size = prod(shape[1:]) ** self.copies(shape)
-        return 2.0 * shape[0] * size + sum(layer.operations(size) for layer in self.layers)
+        copies = 2 if images.pools_of(self.layers) else 1
+        entries = [prod(sizes) ** copies for sizes in self._sizes(shape)]
+        layers = sum(layer.operations(count) for layer, count in zip(self.layers, entries, strict=True))
+        return 2.0 * shape[0] * entries[0] + layers
 
     def row_bytes(self, shape: Sequence[int]) -> int:
         """Bytes of :class:`Rows` a sample."""
@@ -111,11 +120,11 @@ class Network(ABC):
 
     def _require_finite(self, state: State, first: int, number: int) -> None:
         for name, values in (("covariance", state.s), ("tangent kernel", state.theta)):
-            bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+            bad = ~np.isfinite(state.by_sample(values)).all(axis=1)
             if bad.any():
-                sample, layer = first + int(np.argmax(bad)), self.layers[number].prints()
+                sample = first + int(np.argmax(bad))
                 raise ConfigError(
-                    f"layer {number + 1} of {len(self.layers)} ({layer}): the {name} of sample {sample} with itself "
+                    f"{self._named(number)}: the {name} of sample {sample} with itself "
                     "leaves the range of float64; give smaller W_std, b_std or inputs, or fewer layers"
                 )
 

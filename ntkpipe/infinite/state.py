@@ -1,5 +1,6 @@
 """What passes through layers: covariances and tangent kernels of pairs of samples, or of samples with themselves."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, TypeAlias
@@ -16,8 +17,7 @@ Kept: TypeAlias = tuple[Any, ...]
 class State:
     """Σ and Θ of a strip of pairs, arrays of one shape that layers change in place or replace.
 
-    Axes are (rows, columns), then pixels: none, (H, W) where only a pixel with itself is needed, or (H, W, H', W').
-    Of samples with themselves, ``is_own``, there is one axis instead of rows and columns.
+    Axes are (rows, columns); of samples with themselves, ``is_own``, there is one axis. Images have their own states.
     """
 
     s: FloatArray
@@ -29,19 +29,24 @@ class State:
     spare: "Spare" = field(default_factory=lambda: Spare())
 
     @property
-    def copies(self) -> int:
-        """How many copies of the pixel axes there are: 0, 1, 2."""
-        return (self.s.ndim - (1 if self.is_own else 2)) // 2
-
-    @property
     def variances(self) -> FloatArray:
-        """Σ of each sample, and pixel, with itself, of an own state: (n,) or (n, H, W)."""
-        return self.s if self.copies < 2 else np.einsum("nabab->nab", self.s)
+        """Σ of each sample (and pixel, after it) with itself, of an own state."""
+        return self.s
 
     def spread(self, left: FloatArray, right: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """What was kept of rows and columns, (n,) or (n, H, W) and more, as views that broadcast against Σ."""
-        rows, columns = _VIEWS[self.is_own, self.copies]
-        return left[rows], right[columns]
+        """What was kept of rows and columns as views that broadcast against Σ, and may have more axes behind."""
+        return (left, right) if self.is_own else (left[:, None], right[None])
+
+    def strips(self, left: Kept, right: Kept) -> "Iterator[tuple[State, Kept, Kept]]":
+        """Parts that stay in cache, with what was kept of their samples: here one, since pairs come in strips."""
+        yield self, left, right
+
+    def by_sample(self, values: FloatArray) -> FloatArray:
+        """All entries of each sample, of an own state."""
+        return values.reshape(len(values), -1)
+
+    def flatten(self, *, is_mean: bool) -> None:
+        """Pixels become features, by the mean or the sum over pixels with themselves; here there are none."""
 
     def scratch(self, count: int) -> list[FloatArray]:
         """Arrays like Σ for the use of one layer."""
@@ -53,15 +58,6 @@ class State:
             self.s *= gain
             self.theta *= gain
         self.is_ahead = False
-
-
-def _views(is_own: bool, copies: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    pixels, gaps = (slice(None),) * 2 * (copies > 0), (None, None) * (copies > 1)
-    rows, columns = ((slice(None),), (slice(None),)) if is_own else ((slice(None), None), (None, slice(None)))
-    return (*rows, *pixels, *gaps), (*columns, *gaps, *pixels)
-
-
-_VIEWS = {(is_own, copies): _views(is_own, copies) for is_own in (False, True) for copies in (0, 1, 2)}
 
 
 class Spare:

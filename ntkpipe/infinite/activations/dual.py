@@ -1,6 +1,7 @@
 """What every activation offers: E[σ(u)σ(v)] and E[σ'(u)σ'(v)] for Gaussian pairs (u, v)."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.infinite.state import Kept, State
@@ -10,6 +11,7 @@ class Dual(ABC):
     """An activation σ by its dual V(s, p, q) = E[σ(u)σ(v)], (u, v) ~ N(0, [[p, s], [s, q]]), and V̇ of σ'."""
 
     name: str  # with its parameter, as in "leaky_relu:0.1"
+    operations: ClassVar[float] = 30.0  # an entry, in additions
 
     @abstractmethod
     def keep(self, p: FloatArray) -> Kept:

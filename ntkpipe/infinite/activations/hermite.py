@@ -39,6 +39,7 @@ class Series(Dual):
     which is relative to √(E σ(u)² E σ(v)²), pairs are integrated in the plane.
     """
 
+    operations = 6.0 * TERMS
     name: str
     function: Function
     derivative: Function

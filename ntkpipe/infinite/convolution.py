@@ -1,0 +1,141 @@
+"""Layers on pixels: convolutions and pools (Novak et al. 2019, arXiv 1810.05148; Garriga-Alonso et al. 2019)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.given import plain_value
+from ntkpipe.infinite.images import Images
+from ntkpipe.infinite.layers import Dense, Layer
+from ntkpipe.infinite.pixels import PADDINGS, Axis, Padding, axis_of, pool_sum, total_sum, window_sum
+from ntkpipe.infinite.state import Kept, State
+
+Pair = int | tuple[int, int]
+
+
+def as_pair(value: Pair) -> tuple[int, int]:
+    """One number for height and width, or both."""
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def _settle_pairs(layer: Layer, *names: str) -> None:
+    """Make options of a layer pairs of positive integers, or raise ConfigError."""
+    for name in names:
+        given = plain_value(getattr(layer, name))
+        pair = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given, given)
+        if len(pair) != 2 or not all(isinstance(one, int) and not isinstance(one, bool) and one >= 1 for one in pair):
+            raise ConfigError(
+                f"{layer.prints()}: {name}={given!r}; needed an integer from 1 on, or one for height and width"
+            )
+        object.__setattr__(layer, name, pair)
+
+
+@dataclass(frozen=True)
+class Conv(Dense):
+    """A convolution: what :class:`Dense` does to the mean over the filter of Σ[a + δ, a' + δ] and Θ[a + δ, a' + δ].
+
+    ``padding`` is zeros: ``"same"`` and ``"valid"`` as in TensorFlow and JAX, a number on either side as in torch; or
+    ``"circular"``. All places of the filter count in the mean, those in the padding, too.
+    """
+
+    filter: Pair = 3
+    strides: Pair = 1
+    padding: Padding = "same"
+
+    def __post_init__(self) -> None:
+        _settle_pairs(self, "filter", "strides")
+        is_number = isinstance(self.padding, int) and not isinstance(self.padding, bool) and self.padding >= 0
+        if not (is_number or self.padding in PADDINGS):
+            names = ", ".join(map(repr, PADDINGS))
+            raise ConfigError(f"Conv: padding={self.padding!r}; needed {names}, or a number of zeros on either side")
+
+    def apply(self, state: State, left: Kept, right: Kept) -> None:
+        """See :meth:`Layer.apply`; Σ̇ was multiplied in before, by the activation."""
+        assert isinstance(state, Images)
+        axes, has_theta = self._axes(state.s.shape[:2]), state.theta.any()  # none before the first layer
+        state.s = window_sum(state.s, axes, state.room)
+        state.theta = window_sum(state.theta, axes, state.room) if has_theta else np.zeros_like(state.s)
+        super().apply(state, left, right)
+
+    @property
+    def gain(self) -> float:
+        """W² over the places of the filter."""
+        return super().gain / prod(as_pair(self.filter))
+
+    def _axes(self, sizes: tuple[int, ...]) -> tuple[Axis, Axis]:
+        filters, strides = as_pair(self.filter), as_pair(self.strides)
+        height, width = (axis_of(*each, self.padding) for each in zip(sizes, filters, strides, strict=True))
+        return height, width
+
+    def sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """See :meth:`Layer.sizes`."""
+        return tuple(axis.outputs for axis in self._axes(_pixels(sizes)))
+
+    def operations(self, entries: int) -> float:
+        """See :meth:`Layer.operations`: additions of one direction after the other, of Σ and of Θ."""
+        return super().operations(entries) + 2.0 * entries * (sum(as_pair(self.filter)) + 1)
+
+
+@dataclass(frozen=True)
+class AveragePool(Layer):
+    """The mean over windows of pixels, side by side unless strides say otherwise; a rest at the edge is dropped."""
+
+    window: Pair = 2
+    strides: Pair | None = None  # default the window
+
+    def __post_init__(self) -> None:
+        if self.strides is None:
+            object.__setattr__(self, "strides", self.window)
+        _settle_pairs(self, "window", "strides")
+
+    def apply(self, state: State, left: Kept, right: Kept) -> None:
+        """See :meth:`Layer.apply`: the mean over all pairs of pixels of two windows."""
+        assert isinstance(state, Images)
+        state.pools -= 1
+        axes, area = self._axes(state.s.shape[:2]), prod(as_pair(self.window)) ** 2
+        state.s, state.theta = (
+            pool_sum(each, axes, keep_all=state.pools > 0) / area for each in (state.s, state.theta)
+        )
+
+    def _axes(self, sizes: tuple[int, ...]) -> tuple[Axis, Axis]:
+        windows, strides = as_pair(self.window), as_pair(self.strides or self.window)
+        height, width = (axis_of(*each, "valid") for each in zip(sizes, windows, strides, strict=True))
+        return height, width
+
+    def sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """See :meth:`Layer.sizes`."""
+        return tuple(axis.outputs for axis in self._axes(_pixels(sizes)))
+
+    def pools(self) -> int:
+        """See :meth:`Layer.pools`."""
+        return 1
+
+
+@dataclass(frozen=True)
+class GlobalAveragePool(Layer):
+    """The mean over all pixels, that is over all pairs of pixels of two samples."""
+
+    def apply(self, state: State, left: Kept, right: Kept) -> None:
+        """See :meth:`Layer.apply`."""
+        assert isinstance(state, Images)
+        state.pools -= 1
+        area = prod(state.s.shape[:-1])
+        state.s, state.theta = (total_sum(each) / area for each in (state.s, state.theta))
+
+    def sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """See :meth:`Layer.sizes`."""
+        _pixels(sizes)
+        return ()
+
+    def pools(self) -> int:
+        """See :meth:`Layer.pools`."""
+        return 1
+
+
+def _pixels(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if not sizes:
+        raise ConfigError("there are no pixels here; needed images (n, C, H, W), and Flatten only after it")
+    return sizes
