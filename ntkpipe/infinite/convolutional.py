@@ -22,7 +22,7 @@ class Convolutional(Network):
         Σ⁰[a, a'] = x_a·x'_a' / C;  E = Σ⁰ and Ė = 1 in the first layer, dual activations of Σ in others
         own = W² A(E) + b²,  Θ ← own + W² A(Ė Θ),  Σ ← W² A(E) + b² τ²
 
-    (Novak et al. 2019, arXiv 1810.05148; Garriga-Alonso et al. 2019, 1808.05587; Arora et al. 2019, 1904.11955, Sec. 4).
+    (Novak et al. 2019, arXiv 1810.05148; Garriga-Alonso et al. 2019, 1808.05587; Arora et al. 2019, 1904.11955).
     A flat head takes the mean over pixels with themselves, and needs H·W numbers a pair of samples; a global average
     pool, or pools between, take the mean over all pairs of pixels, and need (H·W)².
     """

@@ -12,6 +12,7 @@ from ntkpipe.infinite.state import Rows, Spare, State, sliced
 # BLAS sums entries of products of one shape by one thread in one order, wherever they lie and whichever factor is the
 # left one; other shapes and numbers of threads take other ways, whose last bits differ.
 HEIGHT, WIDTH, DEPTH = 256, 1024, 4096
+SPAN = 2048  # columns of a strip, since loops that broadcast begin anew at each row
 STRIP = 16384  # entries of Σ in a strip: 128 KiB
 
 
@@ -19,24 +20,23 @@ def product(left: FloatArray, right: FloatArray, out: FloatArray | None = None) 
     """``left @ right.T``, each entry with bits that depend on its two rows alone; needs a single thread of BLAS."""
     if out is None:
         out = np.empty((len(left), len(right)))
-    part = np.empty((HEIGHT, WIDTH))
+    spare = np.empty((HEIGHT, WIDTH))
     for columns in runs(len(right), WIDTH):
         for depth in runs(left.shape[1], DEPTH):
-            # A copy, since NumPy takes another routine for a matrix times its own transpose.
             second = _padded(right[columns, depth], WIDTH).T
             for rows in runs(len(left), HEIGHT):
                 into = out[rows, columns]
-                np.matmul(_padded(left[rows, depth], HEIGHT), second, out=part)
-                found = part[: into.shape[0], : into.shape[1]]
+                is_whole = into.shape == spare.shape and not depth.start
+                part = np.matmul(_padded(left[rows, depth], HEIGHT), second, out=into if is_whole else spare)
                 if depth.start:
-                    into += found
-                else:
-                    into[...] = found
+                    into += part[: into.shape[0], : into.shape[1]]
+                elif not is_whole:
+                    into[...] = part[: into.shape[0], : into.shape[1]]
     return out
 
 
 def _padded(rows: FloatArray, count: int) -> FloatArray:
-    if len(rows) == count == HEIGHT:
+    if len(rows) == count:
         return rows
     found = np.zeros((count, rows.shape[1]))
     found[: len(rows)] = rows
@@ -52,24 +52,21 @@ def own_state(layers: Sequence[Layer], samples: FloatArray, scale: float) -> Sta
 
 
 def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, *, scale: float, into: FloatArray) -> None:
-    """Compute both kernels of samples into (2, n, m); where rows are the columns, the lower part is mirrored."""
+    """Compute both kernels of samples into (2, n, m)."""
     if rows.samples.ndim > 2:
         images.fill(layers, rows, columns, scale=scale, into=into)
         return
-    spare, block = Spare(), np.empty((HEIGHT, WIDTH))
+    spare, base, block = Spare(), Spare(), np.empty((min(len(rows), HEIGHT), min(len(columns), SPAN)))
     for at in runs(len(rows), HEIGHT):
         left = rows[at]
-        for across in runs(len(columns), WIDTH):
-            if rows is columns and across.stop <= at.start:
-                continue
+        strips = [(run, sliced(left.kept, run)) for run in runs(len(left), STRIP // SPAN)]
+        for across in runs(len(columns), SPAN):
             right, found = columns[across], into[:, at, across]
             s = product(left.samples, right.samples, block[: len(left), : len(right)])
-            for run in runs(len(left), max(1, STRIP // len(right))):
-                first, theta = spare.first(2, s[run].shape)
-                state = State(first, theta, is_own=False, fan_in=rows.samples.shape[1], spare=spare)
-                np.multiply(s[run], scale, out=state.s)
-                state.theta.fill(0.0)
-                through(layers, state, sliced(left.kept, run), right.kept)
+            for run, kept in strips:
+                covariance, theta = base.arrays(2, s[run].shape)
+                state = State(covariance, theta, is_own=False, fan_in=rows.samples.shape[1], spare=spare)
+                np.multiply(s[run], scale, out=covariance)
+                theta.fill(0.0)
+                through(layers, state, kept, right.kept)
                 found[0, run], found[1, run] = state.s, state.theta
-            if rows is columns:
-                into[:, across, at] = found.swapaxes(1, 2)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,6 +10,8 @@ from ntkpipe.base.arrays import FloatArray
 
 # What a layer keeps of samples, for their pairs: arrays whose first axis is the samples', or tuples of such.
 Kept: TypeAlias = tuple[Any, ...]
+
+_MOST_SHAPES = 8  # that memory is held for
 
 
 @dataclass
@@ -64,26 +65,16 @@ class Spare:
     """Memory that layers share, one after the other."""
 
     def __init__(self) -> None:
-        self._held: dict[int, list[FloatArray]] = {}  # by size
-        self._base: dict[int, list[FloatArray]] = {}
+        self._held: dict[tuple[int, tuple[int, ...]], list[FloatArray]] = {}
 
     def arrays(self, count: int, shape: tuple[int, ...]) -> list[FloatArray]:
-        """Arrays of a shape, which hold anything."""
-        return _taken(self._held, count, shape)
-
-    def first(self, count: int, shape: tuple[int, ...]) -> list[FloatArray]:
-        """Others, for Σ and Θ of a strip."""
-        return _taken(self._base, count, shape)
-
-
-def _taken(held: dict[int, list[FloatArray]], count: int, shape: tuple[int, ...]) -> list[FloatArray]:
-    size = prod(shape)
-    if size not in held:
-        held.clear()  # other shapes are over
-    arrays = held.setdefault(size, [])
-    while len(arrays) < count:
-        arrays.append(np.empty(size))
-    return [each.reshape(shape) for each in arrays[:count]]
+        """The same arrays of a shape, whenever so many are asked for; they hold anything."""
+        found = self._held.get((count, shape))
+        if found is None:
+            if len(self._held) == _MOST_SHAPES:
+                self._held.clear()
+            found = self._held[count, shape] = [np.empty(shape) for _ in range(count)]
+        return found
 
 
 @dataclass(frozen=True)

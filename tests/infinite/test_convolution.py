@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from ntkpipe.base.errors import ConfigError, DataError
+from ntkpipe import infinite_kernel_matrix
+from ntkpipe.base.errors import ConfigError, DataError, ResourceError
 from ntkpipe.infinite import (
     Activation,
     AveragePool,
@@ -169,3 +170,13 @@ def test_operations_count_what_strides_and_pools_leave() -> None:
     first = count(conv(), GlobalAveragePool())
     assert count(conv(), AveragePool(2), conv(), GlobalAveragePool()) < 1.5 * first
     assert count(conv(), conv(), GlobalAveragePool()) > 1.5 * first
+
+
+def test_days_of_pairs_of_pixels_are_refused_with_their_time() -> None:
+    net = Convolutional(hidden=3, head="gap")
+    values = np.zeros((6000, 3, 32, 32), np.float32)
+    with pytest.raises(ResourceError, match=r"18,003,000 pairs .* about \d+\.\d h of one core: .* 1,048,576 numbers"):
+        infinite_kernel_matrix(net, values)
+    net.require_time((3, 32, 32), 18e6, force=True)
+    net.require_time((3, 8, 8), 18e6, force=False)
+    Convolutional(hidden=3).require_time((3, 32, 32), 18e6, force=False)

@@ -21,11 +21,16 @@ class Rectifier(Dual):
     name: str
     slope: float
 
-    def keep(self, p: FloatArray) -> Kept:
-        """√p, and 1 / √p of both signs, zero where p is."""
+    @property
+    def share(self) -> float:
+        """Of ReLU's kernel over 2π in this one's."""
+        return (1.0 - self.slope) ** 2 / (2.0 * math.pi)
+
+    def keep(self, p: FloatArray, gain: float) -> Kept:
+        """√p times the root of what V is multiplied with, and 1 / √p of both signs, zero where p is."""
         root = np.sqrt(p)
         inverse = np.divide(math.sqrt(_RAISED), root, out=np.zeros_like(root), where=root > 0.0)
-        return root, inverse, -inverse
+        return root * math.sqrt(gain * self.share), inverse, -inverse
 
     def apply(self, state: State, left: Kept, right: Kept, gain: float) -> None:
         """V = √(pq) (sin φ + (π − φ) cos φ) / 2π, V̇ = (π − φ) / 2π."""
@@ -33,7 +38,7 @@ class Rectifier(Dual):
         minus, value, angle = state.scratch(3)
         np.multiply(*state.spread(left[1], right[2]), out=minus)  # −cos φ, so that its angle is π − φ
         minus *= s
-        np.clip(minus, -1.0, 1.0, out=minus)
+        minus.clip(-1.0, 1.0, out=minus)
         np.add(1.0, minus, out=value)  # 1 − c² would lose the digits of angles near zero
         np.subtract(1.0, minus, out=angle)
         value *= angle
@@ -41,10 +46,8 @@ class Rectifier(Dual):
         np.arccos(minus, out=angle)
         minus *= angle
         value -= minus
-        share = gain * (1.0 - self.slope) ** 2 / (2.0 * math.pi)
         np.multiply(*state.spread(left[0], right[0]), out=minus)
-        value *= share
-        angle *= share
+        angle *= gain * self.share
         if self.slope:
             value *= minus
             s *= gain * self.slope
@@ -57,8 +60,8 @@ class Rectifier(Dual):
     def slow(self, s: float, p: float, q: float) -> tuple[float, float]:
         """The same by the angle of two numbers."""
         height = math.sqrt(max(p * q - s * s, 0.0))
-        angle, share = math.pi - math.atan2(height, s), (1.0 - self.slope) ** 2 / (2.0 * math.pi)
-        return self.slope * s + share * (height + angle * s), self.slope + share * angle
+        angle = math.pi - math.atan2(height, s)
+        return self.slope * s + self.share * (height + angle * s), self.slope + self.share * angle
 
 
 class _Bounded(Dual):
@@ -66,7 +69,7 @@ class _Bounded(Dual):
 
     threshold: float  # t
 
-    def keep(self, p: FloatArray) -> Kept:
+    def keep(self, p: FloatArray, gain: float) -> Kept:
         """a = 1 / √(t + p), t a², p a², p a."""
         root = 1.0 / np.sqrt(self.threshold + p)
         square = root * root
@@ -123,7 +126,7 @@ class Gelu(_Bounded):
         """
         s = state.s
         scale, sine, rest, other = self.sine(state, left, right)
-        slope, angle, added = (each[...] for each in state.scratch(7)[4:])
+        slope, angle, added = state.scratch(3)
         np.arcsin(sine, out=angle)
         np.multiply(*state.spread(left[1], right[1]), out=slope)
         slope /= rest
@@ -163,7 +166,7 @@ class Wave(Dual):
 
     name: str
 
-    def keep(self, p: FloatArray) -> Kept:
+    def keep(self, p: FloatArray, gain: float) -> Kept:
         """p / 2."""
         return (0.5 * p,)
 
@@ -193,14 +196,14 @@ class Identity(Dual):
 
     name = "identity"
 
-    def keep(self, p: FloatArray) -> Kept:
+    def keep(self, p: FloatArray, gain: float) -> Kept:
         """Nothing."""
         return ()
 
     def apply(self, state: State, left: Kept, right: Kept, gain: float) -> None:
         """V = s, V̇ = 1."""
-        state.is_ahead = gain == 1.0
-        state.multiply(gain)
+        state.s *= gain
+        state.theta *= gain
 
     def slow(self, s: float, p: float, q: float) -> tuple[float, float]:
         """The same."""

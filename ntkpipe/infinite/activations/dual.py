@@ -14,7 +14,7 @@ class Dual(ABC):
     operations: ClassVar[float] = 30.0  # an entry, in additions
 
     @abstractmethod
-    def keep(self, p: FloatArray) -> Kept:
+    def keep(self, p: FloatArray, gain: float) -> Kept:
         """What pairs need of variances p: arrays that begin with the axes of p."""
 
     @abstractmethod
