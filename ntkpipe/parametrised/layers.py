@@ -1,7 +1,7 @@
 """Layers whose weights and biases are multiplied by constants, so that training has a limit in width."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -14,7 +14,7 @@ from ntkpipe.base.errors import ConfigError, nearest
 Parametrisation = Literal["ntk", "standard", "mup"]
 Position = Literal["first", "hidden", "last"]
 Padding = Literal["same", "valid", "circular"] | int
-Pair = int | tuple[int, int]  # of both axes, or one each
+Pair = int | Sequence[int]  # of both axes, or one each
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "relu": torch.relu,
@@ -27,6 +27,7 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "softplus": F.softplus,
+    "gaussian": lambda x: torch.exp(-x * x),
     "silu": F.silu,
     "elu": F.elu,
     "hardtanh": F.hardtanh,
@@ -102,7 +103,8 @@ class _Layer(nn.Module):
             if value not in known:
                 raise ConfigError(f"{name}={value!r}; needed one of {', '.join(known)}{nearest(str(value), known)}")
         for size in shape:
-            check_number("size of a layer", size, low=1)
+            if int(check_number("a size", size, low=1)) != size:
+                raise ConfigError(f"a size of {size}; needed an integer")
         for name, number in (("W_std", W_std), ("b_std", b_std or 0.0), ("bias_init", bias_init)):
             check_number(name, number, low=0.0)
         self.parametrisation, self.W_std, self.b_std = parametrisation, W_std, b_std
@@ -273,7 +275,7 @@ class Conv2d(_Layer):
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        edges, steps = (pair if isinstance(pair, tuple) else (pair, pair) for pair in (filter, stride))
+        edges, steps = ((pair, pair) if isinstance(pair, int) else tuple(pair) for pair in (filter, stride))
         for step in steps:
             check_number("stride", step, low=1)
         if not isinstance(padding, str):

@@ -1,54 +1,138 @@
-"""Networks of such layers: fully connected, convolutional, and the finite ones of infinite networks."""
+"""Networks of such layers: the finite ones of infinite networks, fully connected and convolutional ones by options."""
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ntkpipe.base.config import check_number
+from ntkpipe.base.arguments import checked
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.infinite.layers import Activation
-from ntkpipe.infinite.networks import FullyConnected
-from ntkpipe.parametrised.layers import (
-    Conv2d,
-    Dense,
-    Padding,
-    Pair,
-    Parametrisation,
-    Pointwise,
-    Position,
-    Scale,
-)
+from ntkpipe.infinite import convolution, layers
+from ntkpipe.infinite.convolutional import Convolutional
+from ntkpipe.infinite.networks import FullyConnected, Network
+from ntkpipe.parametrised.layers import Conv2d, Dense, Padding, Pair, Parametrisation, Pointwise, Scale
 
 Seed = int | torch.Generator
 
 
-def _generator(seed: Seed) -> torch.Generator:
-    return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(int(seed))
+class Residual(nn.Module):
+    """``x + inner(x)``."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs and what the inner layers make of them, of one shape."""
+        found: Tensor = self.inner(x)
+        if found.shape != x.shape:
+            raise ConfigError(f"a residual block makes {tuple(found.shape)} of {tuple(x.shape)}; needed equal widths")
+        return x + found
 
 
-def _one_a_layer(name: str, values: Any, count: int) -> list[Any]:
-    """An option of each layer, of one for all or as many as there are layers."""
-    found = list(values) if isinstance(values, list | tuple) else [values] * count
-    if len(found) != count:
-        raise ConfigError(f"{name} has {len(found)} values; needed one, or {count}, one a layer")
-    return found
+def _weights_of(steps: Sequence[Any]) -> Iterator[layers.Dense]:
+    """The layers that have weights, convolutions among them."""
+    for step in steps:
+        if isinstance(step, layers.Residual):
+            yield from _weights_of(step.inner)
+        elif isinstance(step, layers.Dense):
+            yield step
 
 
-def _entrance(first_layer: str, features: int) -> dict[str, nn.Module]:
-    """What multiplies inputs before the first layer, which takes means over features, if anything."""
-    if first_layer not in ("mean", "sum"):
-        raise ConfigError(f"first_layer={first_layer!r}; needed 'mean' or 'sum'")
-    return {"inputs": Scale(math.sqrt(features))} if first_layer == "sum" else {}
+@dataclass
+class _Maker:
+    """Makes modules of the layers of an infinite network."""
+
+    widths: Sequence[int]  # of each layer with weights
+    generator: torch.Generator
+    dtype: torch.dtype | None
+    parametrisation: Parametrisation | None  # in place of that of the layers
+    num_made: int = 0  # layers with weights
+
+    def sequence(self, steps: Sequence[Any], sample: Tensor) -> "OrderedDict[str, nn.Module]":
+        """Modules by kind and number; a sample of zeros goes through them and says what the next one must fit."""
+        found: OrderedDict[str, nn.Module] = OrderedDict()
+        for step in steps:
+            kind, module = self.module(step, sample)
+            found[f"{kind}_{sum(name.startswith(f'{kind}_') for name in found)}"] = module
+            try:
+                with torch.no_grad():
+                    sample = module(sample)
+            except RuntimeError as error:
+                shape = tuple(sample.shape[1:])
+                raise ConfigError(f"{step.prints()} does not fit samples of shape {shape}: {error}") from None
+        return found
+
+    def module(self, step: Any, sample: Tensor) -> tuple[str, nn.Module]:
+        """The kind of a layer, and its module."""
+        n_in = sample.shape[1]
+        match step:
+            case convolution.Conv():
+                place = {"stride": step.strides, "padding": step.padding}
+                return "conv", self.weights(step, Conv2d, n_in, filter=step.filter, **place)
+            case layers.Dense():
+                return "dense", self.weights(step, Dense, n_in)
+            case layers.Activation(function=str(name)):
+                return "activation", Pointwise(name)
+            case layers.Residual():
+                return "residual", Residual(nn.Sequential(self.sequence(step.inner, sample)))
+            case convolution.AveragePool():
+                return "pool", nn.AvgPool2d(step.window, step.strides)
+            case convolution.GlobalAveragePool():
+                return "mean", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            case layers.Flatten(is_mean=True):
+                return "flatten", nn.Flatten()
+            case layers.Flatten():
+                return "flatten", nn.Sequential(nn.Flatten(), Scale(math.sqrt(sample[0, 0].numel())))
+        raise ConfigError(f"{step.prints()} has no finite counterpart here; needed weights, named activations or pools")
+
+    def weights(self, step: layers.Dense, make: type[Dense] | type[Conv2d], n_in: int, **options: Any) -> nn.Module:
+        """A layer with weights of the next width."""
+        place, self.num_made = self.num_made, self.num_made + 1
+        module = make(
+            n_in,
+            self.widths[place],
+            W_std=step.W_std,
+            b_std=step.b_std,
+            bias_init=step.bias_init,
+            parametrisation=self.parametrisation or step.parametrisation,
+            position="last" if self.num_made == len(self.widths) else "hidden" if place else "first",
+            generator=self.generator,
+            dtype=self.dtype,
+            **options,
+        )
+        return module.requires_grad_(step.trained)
 
 
-def _position(layer: int, count: int) -> Position:
-    return "last" if layer == count - 1 else "hidden" if layer else "first"
+def _finite(
+    network: Network,
+    shape: tuple[int, ...],
+    widths: Sequence[int],
+    seed: Seed,
+    dtype: torch.dtype | None,
+    parametrisation: Parametrisation | None = None,
+) -> nn.Sequential:
+    """A network of these widths, the last of which is the number of outputs."""
+    if parametrisation == "mup" and len(widths) == 1:
+        raise ConfigError("parametrisation='mup' of a network without hidden layers; needed at least one")
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(int(seed))
+    maker, sample = _Maker(widths, generator, dtype, parametrisation), torch.zeros(1, *shape, dtype=dtype)
+    found = maker.sequence(network.layers, sample)
+    if network.enters == "sum":
+        found = OrderedDict(inputs=Scale(math.sqrt(shape[0])), **found)
+    return nn.Sequential(found).eval()
 
 
+def _frozen(values: Any) -> Any:
+    """Lists as tuples, as infinite networks have them."""
+    return tuple(map(_frozen, values)) if isinstance(values, list | tuple) else values
+
+
+@checked
 def mlp(
     n_in: int,
     widths: Sequence[int],
@@ -74,7 +158,7 @@ def mlp(
     Parameters
     ----------
     n_in
-        Numbers of a sample; samples of more axes are flattened.
+        Numbers of a sample.
     widths
         Units of each hidden layer.
     n_out
@@ -106,32 +190,14 @@ def mlp(
     ConfigError
         If an option is none of those, or lists do not have one value a layer.
     """
-    sizes = [n_in, *widths, n_out]
-    count = len(sizes) - 1
-    if parametrisation == "mup" and count == 1:
-        raise ConfigError("parametrisation='mup' of a network without hidden layers; needed at least one of widths")
-    deviations, biases = _one_a_layer("W_std", W_std, count), _one_a_layer("b_std", b_std, count)
-    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten(), **_entrance(first_layer, n_in))
-    generator = _generator(seed)
-    for layer in range(count):
-        if layer:
-            layers[f"activation_{layer - 1}"] = Pointwise(activation)
-        layers[f"dense_{layer}"] = Dense(
-            sizes[layer],
-            sizes[layer + 1],
-            deviations[layer],
-            biases[layer],
-            parametrisation,
-            bias_init=bias_init,
-            position=_position(layer, count),
-            generator=generator,
-            dtype=dtype,
-        )
-    return nn.Sequential(layers).eval()
+    options = {"W_std": _frozen(W_std), "b_std": _frozen(b_std), "bias_init": bias_init, "first_layer": first_layer}
+    network = FullyConnected(len(widths), activation, **options)
+    return _finite(network, (n_in,), [*widths, n_out], seed, dtype, parametrisation)
 
 
+@checked
 def cnn(
-    shape: tuple[int, int, int],
+    shape: Sequence[int],
     channels: Sequence[int],
     n_out: int,
     *,
@@ -176,9 +242,20 @@ def cnn(
         Edge of the average pool behind each activation, or one each; 1 is none.
     head
         ``"gap"``: the mean over pixels; ``"flatten"``: all pixels.
-    W_std, b_std, bias_init, first_layer, parametrisation, seed, dtype
-        As those of :func:`mlp`; lists have a value for each convolution and one for the dense layer, and the first
-        layer's sum is over channels.
+    W_std
+        Deviation of weights, one for all layers or one for each convolution and the dense layer.
+    b_std
+        Deviation of biases, likewise; none is no bias.
+    bias_init
+        τ, as of :func:`mlp`.
+    first_layer
+        ``"mean"`` or ``"sum"`` over channels of products of inputs.
+    parametrisation
+        ``"ntk"``, ``"standard"`` or ``"mup"``; see :class:`ntkpipe.parametrised.Dense`.
+    seed
+        Seed of the weights, or a generator that goes on.
+    dtype
+        dtype of the parameters; default torch's.
 
     Returns
     -------
@@ -190,69 +267,51 @@ def cnn(
     ConfigError
         If an option is none of those, lists do not have one value a layer, or filters or pools do not fit the images.
     """
-    count, generator = len(channels), _generator(seed)
-    if head not in ("flatten", "gap") or not count:
-        raise ConfigError(f"head={head!r}, {count} convolutions; needed 'flatten' or 'gap', and at least one")
-    deviations, biases = _one_a_layer("W_std", W_std, count + 1), _one_a_layer("b_std", b_std, count + 1)
-    steps, pools = _one_a_layer("strides", strides, count), _one_a_layer("pool", pool, count)
-    common: dict[str, Any] = {"bias_init": bias_init, "generator": generator, "dtype": dtype}
-    layers: OrderedDict[str, nn.Module] = OrderedDict(_entrance(first_layer, shape[0]))
-    for layer, (n_in, n_units) in enumerate(zip([shape[0], *channels], channels, strict=False)):
-        layers[f"conv_{layer}"] = Conv2d(
-            n_in,
-            n_units,
-            filter,
-            deviations[layer],
-            biases[layer],
-            parametrisation,
-            stride=steps[layer],
-            padding=padding,
-            position=_position(layer, count + 1),
-            **common,
-        )
-        layers[f"activation_{layer}"] = Pointwise(activation)
-        if check_number("pool", pools[layer], low=1) > 1:
-            layers[f"pool_{layer}"] = nn.AvgPool2d(pools[layer])
-    if head == "gap":
-        layers["mean"] = nn.AdaptiveAvgPool2d(1)
-    layers["flatten"] = nn.Flatten()
-    try:
-        with torch.no_grad():
-            size = nn.Sequential(layers)(torch.zeros(1, *shape, dtype=dtype)).shape[1]
-    except RuntimeError as error:
-        fits = f"images of shape {tuple(shape)} do not fit filters of {filter}, strides {steps}, pools {pools}"
-        raise ConfigError(f"{fits}, padding {padding!r}: {error}") from None
-    layers["dense"] = Dense(size, n_out, deviations[-1], biases[-1], parametrisation, position="last", **common)
-    return nn.Sequential(layers).eval()
+    network = Convolutional(
+        len(channels),
+        activation,
+        _frozen(W_std),
+        _frozen(b_std),
+        filter=_frozen(filter),
+        strides=_frozen(strides),
+        padding=padding,
+        pool=_frozen(pool),
+        head=head,
+        bias_init=bias_init,
+        first_layer=first_layer,
+    )
+    return _finite(network, tuple(shape), [*channels, n_out], seed, dtype, parametrisation)
 
 
+@checked
 def matching(
-    network: FullyConnected,
+    network: Network,
     width: int | Sequence[int] | None = None,
     seed: Seed = 0,
     *,
-    n_in: int,
+    n_in: int | Sequence[int],
     n_out: int = 1,
     dtype: torch.dtype | None = None,
 ) -> nn.Sequential:
     """Make a finite network whose kernel converges to that of an infinite one as its width grows.
 
-    Its options are those of the infinite network; parameters of layers that are not trained there have no gradient. The
-    difference of kernels at the start falls like 1/√width (Jacot, Gabriel, Hongler 2018, arXiv 1806.07572, Theorem 1).
+    Its layers are those of the infinite network, but for layer norms, which are refused; parameters of layers that are
+    not trained there have no gradient. The difference of kernels at the start falls like 1/√width (Jacot, Gabriel,
+    Hongler 2018, arXiv 1806.07572, Theorem 1; Lee et al. 2019, arXiv 1902.06720).
 
-    Memory: the parameters, about ``(hidden - 1) width²`` numbers.
+    Memory: the parameters, ``width²`` numbers for each layer but the first and the last, times the area of filters.
 
     Parameters
     ----------
     network
-        The infinite network. A convolutional one has :func:`cnn`.
+        The infinite network: what :mod:`ntkpipe.infinite` makes.
     width
-        Units of all hidden layers, or of each. Default the widths of the infinite network, which those in standard
-        parametrisation have; their kernel depends on them, so there are no others.
+        Units or channels of all hidden layers, or of each. Default those that the network has: in the standard
+        parametrisation the kernel depends on them, so there are no others.
     seed
         Seed of the weights, or a generator that goes on.
     n_in
-        Numbers of a sample.
+        Numbers of a sample, or (C, H, W) of images.
     n_out
         Outputs O: the kernel converges to ``Θ ⊗ I_O``.
     dtype
@@ -260,43 +319,19 @@ def matching(
 
     Returns
     -------
-    What :func:`mlp` returns.
+    A module in eval mode of inputs (N, n_in) or (N, C, H, W) with outputs (N, O). Parameters have names such as
+    ``dense_0.weight``, by the kind of the layer and its number among those.
 
     Raises
     ------
     ConfigError
-        If the network is not fully connected, widths do not fit it, or its activation is a function without a name.
+        If a layer has no finite counterpart (a layer norm, an activation without a name), or widths do not fit.
     """
-    if not isinstance(network, FullyConnected):
-        raise ConfigError(f"{type(network).__name__}; needed a FullyConnected (see cnn for convolutions)")
-    own = network.widths
-    if width is None and own is None:
-        raise ConfigError("width=None; needed the units of hidden layers, which this network does not have")
-    widths = list(own or ()) if width is None else _one_a_layer("width", width, network.hidden)
-    if network.parametrisation == "standard" and widths != list(own or ()):
+    own = [step.width for step in _weights_of(network.layers)][:-1]
+    widths = own if width is None else [width] * len(own) if isinstance(width, int) else list(width)
+    if None in widths or len(widths) != len(own):
+        raise ConfigError(f"width={width}; needed the units of hidden layers: one number, or {len(own)}, one a layer")
+    if any(step.parametrisation == "standard" for step in _weights_of(network.layers)) and widths != own:
         raise ConfigError(f"width={width}; the kernel of this network, in standard parametrisation, is of widths {own}")
-    activation = network.activation
-    if isinstance(activation, Activation):
-        activation = activation.function
-    if not isinstance(activation, str):
-        raise ConfigError("the activation is a pair of functions of numpy; needed one that has a name")
-    model = mlp(
-        n_in,
-        widths,
-        n_out,
-        activation=activation,
-        W_std=network.W_std,
-        b_std=network.b_std,
-        bias_init=network.bias_init,
-        first_layer=network.first_layer,
-        parametrisation=network.parametrisation,
-        seed=seed,
-        dtype=dtype,
-    )
-    count = network.hidden + 1
-    trained = (
-        range(count) if network.trained == "all" else [count - 1] if network.trained == "last" else network.trained
-    )
-    for layer in range(count):
-        model.get_submodule(f"dense_{layer}").requires_grad_(layer in trained)
-    return model
+    sizes = [size for size in widths if size is not None]
+    return _finite(network, (n_in,) if isinstance(n_in, int) else tuple(n_in), [*sizes, n_out], seed, dtype)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import ntkpipe
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.infinite.activations.catalogue import CLOSED
+from ntkpipe.infinite.activations.catalogue import KNOWN
 from ntkpipe.parametrised import Conv2d, Dense, Pointwise, mlp
 from ntkpipe.parametrised.layers import ACTIVATIONS
 
@@ -151,6 +151,7 @@ FUNCTIONS = {
     "sigmoid": special.expit,
     "silu": lambda x: x * special.expit(x),
     "softplus": lambda x: np.logaddexp(0, x),
+    "gaussian": lambda x: np.exp(-x * x),
     "elu": lambda x: np.where(x > 0, x, np.expm1(x)),
     "hardtanh": lambda x: np.clip(x, -1, 1),
 }
@@ -163,7 +164,7 @@ def test_activations_are_functions_of_that_name(name) -> None:
 
 
 def test_every_name_of_infinite_networks_is_known() -> None:
-    assert {*CLOSED} <= FUNCTIONS.keys()
+    assert {*KNOWN} <= FUNCTIONS.keys()
     assert {*ACTIVATIONS} < FUNCTIONS.keys()
 
 
@@ -173,6 +174,7 @@ def test_every_name_of_infinite_networks_is_known() -> None:
         (lambda: Dense(3, 4, parametrisation="ntq"), "did you mean 'ntk'"),
         (lambda: Dense(3, 4, position="middle"), "needed one of first, hidden, last"),
         (lambda: Dense(0, 4), "needed a number from 1"),
+        (lambda: Dense(3, 4.5), "needed an integer"),
         (lambda: Dense(3, 4, -1.0), "W_std=-1.0"),
         (lambda: Dense(3, 4, b_std=float("nan")), "b_std=nan"),
         (lambda: Conv2d(3, 4, padding="reflect"), "needed 'same', 'valid', 'circular'"),

@@ -125,16 +125,17 @@ def test_biases_may_be_missing_or_start_at_zero(parametrisation) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: mlp(8, (16,), 2, W_std=[1.0]), "W_std has 1 values; needed one, or 2"),
-        (lambda: mlp(8, (16,), 2, b_std=[0.1, 0.1, 0.1]), "b_std has 3 values"),
-        (lambda: mlp(8, (16,), 2, first_layer="means"), "needed 'mean' or 'sum'"),
-        (lambda: mlp(8, (), 2, parametrisation="mup"), "without hidden layers"),
+        (lambda: mlp(8, (16,), 2, W_std=[1.0]), "1 of W_std; needed 2"),
+        (lambda: mlp(8, (16,), 2, b_std=[0.1, 0.1, 0.1]), "3 of b_std; needed 2"),
+        (lambda: mlp(8, (16,), 2, first_layer="means"), "first_layer='means'"),
+        (lambda: mlp(8, (), 2), "hidden=0"),
+        (lambda: mlp(8, (16.5,), 2), "widths=.*integers"),
         (lambda: mlp(8, (16,), 2, activation="rely"), "did you mean 'relu'"),
-        (lambda: cnn((3, 6, 6), (4, 4), 2, padding="valid", filter=5), "do not fit filters of 5"),
-        (lambda: cnn((3, 6, 6), (4,), 2, pool=7), "do not fit"),
+        (lambda: cnn((3, 6, 6), (4, 4), 2, padding="valid", filter=5), "Conv does not fit samples of shape"),
+        (lambda: cnn((3, 6, 6), (4,), 2, pool=7), "AveragePool does not fit"),
         (lambda: cnn((3, 6, 6), (4, 4), 2, strides=[2]), "strides has 1 values"),
         (lambda: cnn((3, 6, 6), (4,), 2, head="mean"), "needed 'flatten' or 'gap'"),
-        (lambda: cnn((3, 6, 6), (), 2), "at least one"),
+        (lambda: cnn((3, 6, 6), (), 2, parametrisation="mup"), "without hidden layers"),
     ],
 )
 def test_bad_options_are_refused(make, words) -> None:
@@ -142,35 +143,48 @@ def test_bad_options_are_refused(make, words) -> None:
         make()
 
 
+RESIDUAL = infinite.Residual(infinite.Activation("relu"), infinite.Dense(ROOT_2, 0.3))
 CASES = {
     "relu": infinite.FullyConnected(2, "relu", W_std=ROOT_2, b_std=0.3),
     "erf, sums": infinite.FullyConnected(2, "erf", W_std=(0.9, 1.5, 1.2), b_std=(0.3, None, 0.4), first_layer="sum"),
     "biases from zero": infinite.FullyConnected(1, "gelu", W_std=1.5, b_std=1.0, bias_init=0.0),
     "last layer: NNGP": infinite.FullyConnected(2, "leaky_relu:0.1", W_std=ROOT_2, b_std=0.5, trained="last"),
-    "some layers": infinite.FullyConnected(2, "sin", W_std=1.2, b_std=0.5, bias_init=0.5, trained=frozenset({0, 2})),
+    "some layers": infinite.FullyConnected(2, "sin", W_std=1.2, b_std=0.5, bias_init=0.5, trained=(0, 2)),
+    "residual": infinite.Sequential(
+        [infinite.Dense(ROOT_2, 0.3), RESIDUAL, infinite.Activation("relu"), infinite.Dense()]
+    ),
     "standard": infinite.FullyConnected(1, "relu", W_std=1.5, b_std=0.5, parametrisation="standard", widths=(4096,)),
     "standard, sums": infinite.FullyConnected(
         1, "relu", W_std=0.7, b_std=0.5, first_layer="sum", parametrisation="standard", widths=(4096,)
     ),
 }
+IMAGES_OF = {
+    "flat": infinite.Convolutional(2, "relu", ROOT_2, 0.3, padding="same", strides=(2, 1)),
+    "pooled": infinite.Convolutional(2, "erf", 1.5, 0.3, padding="circular", pool=(2, 1), head="gap"),
+    "sums, standard": infinite.Convolutional(
+        1, "relu", 0.7, 0.3, padding=1, first_layer="sum", parametrisation="standard", channels=512
+    ),
+    "Arora": infinite.Convolutional(2, preset="arora"),
+}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *IMAGES_OF])
 def test_a_wide_network_has_the_kernel_of_the_infinite_one(case: str) -> None:
-    """Means over draws of networks of width 4096, or 1024 in both of two hidden layers, within 5 standard errors.
-
-    Their own deviation from the limit, of order 1/width, is less than a tenth of these.
+    """Means over draws, of 4096 units, 1024 in both of two hidden layers, or 128 channels, within 5 standard errors;
+    their own deviation from the limit, of order 1/width, is a small part of these.
     """
-    net, x = CASES[case], INPUTS["ordinary"][:3] * 0.7
-    width = 4096 if net.hidden == 1 else 1024
+    net = (CASES | IMAGES_OF)[case]
+    x, width, n_in = INPUTS["ordinary"][:3] * 0.7, 4096 if getattr(net, "hidden", 2) == 1 else 1024, 8
+    if case in IMAGES_OF:
+        x, width, n_in = IMAGES[:2, :, :4, :4], None if net.channels else 128, (3, 4, 4)
     exact = infinite_kernel_matrix(net, x)[1]
     draws = []
     for seed in range(10):
-        model = matching(net, width, seed, n_in=8, dtype=torch.float64)
+        model = matching(net, width, seed, n_in=n_in, dtype=torch.float64)
         draws.append(kernel_of(model, x, kind="pntk"))
     error = np.std(draws, axis=0, ddof=1) / len(draws) ** 0.5
     assert (np.abs(np.mean(draws, axis=0) - exact) < 5 * error).all()
-    assert (error < 0.05 * np.sqrt(np.outer(np.diag(exact), np.diag(exact)))).all()
+    assert (error < 0.1 * np.sqrt(np.outer(np.diag(exact), np.diag(exact)))).all()
 
 
 def test_a_matching_network_has_the_options_of_the_infinite_one() -> None:
@@ -186,12 +200,20 @@ def test_a_matching_network_has_the_options_of_the_infinite_one() -> None:
     ("net", "width", "words"),
     [
         (CASES["relu"], None, "width=None; needed"),
-        (CASES["relu"], (16,), "width has 1 values; needed one, or 2"),
+        (CASES["relu"], (16,), "one number, or 2, one a layer"),
         (CASES["standard"], 64, "is of widths"),
-        (infinite.FullyConnected(1, (np.tanh, lambda x: 1 / np.cosh(x) ** 2)), 64, "needed one that has a name"),
-        (infinite.Sequential([infinite.Dense()]), 64, "needed a FullyConnected"),
+        (
+            infinite.FullyConnected(1, infinite.Activation((np.sin, np.cos))),
+            64,
+            "Activation has no finite counterpart",
+        ),
+        (
+            infinite.Sequential([infinite.Dense(), infinite.LayerNorm(), infinite.Dense()]),
+            64,
+            "LayerNorm has no finite",
+        ),
     ],
-    ids=["none", "too few", "standard", "pair", "sequence"],
+    ids=["none", "too few", "standard", "pair", "norm"],
 )
 def test_networks_without_a_finite_match_are_refused(net, width, words) -> None:
     with pytest.raises(ConfigError, match=words):
