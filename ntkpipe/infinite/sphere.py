@@ -1,21 +1,21 @@
 """Eigenvalues of the kernels of a network on the sphere, by degree: which frequencies are learnt how fast."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from ntkpipe.base.arguments import checked
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.given import plain_value
 from ntkpipe.base.tables import as_table
 from ntkpipe.infinite.networks import Network
 
 _NODES = 40  # of a panel
 _HALVINGS = 40  # of panels towards t = 1 and t = -1, where kernels have square roots
-_MOST_DIMENSIONS, _MOST_DEGREE = 10_000, 10_000
+_MOST = 10_000  # dimensions, degrees
 _COLUMNS = 1024  # points of the sphere at a time
 _SHOWN = 12
 
@@ -45,9 +45,8 @@ class SphereSpectrum:
         return as_table([*sphere, ("sum of all eigenvalues", traces), *shown, *more])
 
 
-@checked
 def sphere_spectrum(
-    net: Network, dimension: int, degrees: int | Sequence[int] = 24, *, radius: float = 1.0
+    net: Network, dimension: int, degrees: int | ArrayLike = 24, *, radius: float = 1.0
 ) -> SphereSpectrum:
     """Find the eigenvalues of NNGP and NTK on the sphere, by the degree of their eigenfunctions.
 
@@ -84,26 +83,43 @@ def sphere_spectrum(
     Raises
     ------
     ConfigError
-        If the network is not one on vectors, or a number is out of range.
+        If the network is not one on vectors or leaves the range of float64, or a number is out of range: d and k go up
+        to 10,000.
     """
-    check_number("dimension", dimension, low=2, high=_MOST_DIMENSIONS)
-    wanted = tuple(range(degrees)) if isinstance(degrees, int) else tuple(degrees)
+    if not isinstance(net, Network):
+        raise ConfigError(f"net={net!r}; needed a network of ntkpipe.infinite")
+    given = plain_value(degrees)
+    wanted = tuple(given if isinstance(given, list | tuple) else range(_count("degrees", given)))
     for degree in wanted:
-        check_number("degrees", degree, low=0, high=_MOST_DEGREE)
-    if not wanted or not radius > 0:
-        raise ConfigError(f"degrees={degrees}, radius={radius}; needed at least one degree and a positive radius")
+        _count("a degree", degree)
+    dimension = _count("dimension", dimension)
+    if not wanted or dimension < 2:
+        raise ConfigError(f"degrees={given!r}, dimension={dimension}; needed at least one degree, and 2 dimensions")
+    check_number("radius", radius, low=2.0**-200, high=2.0**200)
     angle, mass = _nodes(dimension, max(wanted))
-    points = np.zeros((len(angle) + 1, dimension))
-    points[0, 0] = radius
-    points[1:, 0], points[1:, 1] = radius * np.cos(angle), radius * np.sin(angle)
-    one = net.prepare(points[:1])
-    parts = [net.tile(one, net.prepare(points[start : start + _COLUMNS])) for start in range(1, len(points), _COLUMNS)]
-    values = np.concatenate([np.concatenate(part) for part in parts], axis=1)  # NNGP, NTK; nodes
+    one, parts = net.prepare(_points(np.zeros(1), dimension, radius)), []
+    for start in range(0, len(angle), _COLUMNS):
+        columns = net.prepare(_points(angle[start : start + _COLUMNS], dimension, radius))
+        parts.append(np.concatenate(net.tile(one, columns)))
+    values = np.concatenate(parts, axis=1)  # NNGP, NTK; nodes
     by_degree = _projections(dimension, max(wanted), np.cos(angle), mass * values)
     nngp, ntk = np.ascontiguousarray(by_degree[list(wanted)].T)
     at_one = [float(kernel[0]) for kernel in net.diagonal(one)]
     multiplicity = np.array([_multiplicity(dimension, degree) for degree in wanted])
     return SphereSpectrum(dimension, float(radius), wanted, multiplicity, nngp, ntk, (at_one[0], at_one[1]))
+
+
+def _count(name: str, value: int) -> int:
+    if int(check_number(name, value, low=0, high=_MOST)) != value:
+        raise ConfigError(f"{name}={value!r}; needed an integer")
+    return int(value)
+
+
+def _points(angle: FloatArray, dimension: int, radius: float) -> FloatArray:
+    """Points of the sphere at angles from the first one."""
+    found = np.zeros((len(angle), dimension))
+    found[:, 0], found[:, 1] = radius * np.cos(angle), radius * np.sin(angle)
+    return found
 
 
 def _nodes(dimension: int, degree: int) -> tuple[FloatArray, FloatArray]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.infinite import Dense, FullyConnected, Sequential, sphere_spectrum
+from ntkpipe.infinite import Convolutional, Dense, FullyConnected, Sequential, sphere_spectrum
 from ntkpipe.infinite.matrix import infinite_kernel_matrix
 
 SPHERE = np.load(Path(__file__).parents[1] / "reference" / "sphere.npz")
@@ -21,7 +21,7 @@ def relu(hidden: int, b_std: float | None) -> FullyConnected:
 @pytest.mark.parametrize("b_std", [None, 0.5])
 def test_eigenvalues_are_those_of_the_reference(dimension: int, hidden: int, b_std: float | None) -> None:
     case = f"d{dimension}/relu/h{hidden}/b{b_std or 0:g}"
-    found = sphere_spectrum(relu(hidden, b_std), dimension, 24)
+    found = sphere_spectrum(relu(hidden, b_std), dimension, SPHERE["degrees"])
     # Theirs at t = 1 has half of the digits: p and s differ by rounding there, and the angle is of their difference.
     np.testing.assert_allclose(found.trace, SPHERE[f"{case}/at_one"], rtol=1e-7)
     for values, expected, trace in zip((found.nngp, found.ntk), SPHERE[case], found.trace, strict=True):
@@ -44,7 +44,7 @@ def test_a_linear_kernel_has_degrees_up_to_one(dimension: int, radius: float) ->
 def test_eigenvalues_of_relu_networks_fall_like_powers(hidden: int, dimension: int, slack: float) -> None:
     """NTK k^-d, NNGP k^-(d + 2), whatever the depth (Bietti, Bach 2021); the next term is smaller by about d/k."""
     degrees = np.arange(20, 200, 2)
-    found = sphere_spectrum(relu(hidden, 0.1), dimension, degrees.tolist())
+    found = sphere_spectrum(relu(hidden, 0.1), dimension, degrees)
     for values, power in ((found.ntk, dimension), (found.nngp, dimension + 2)):
         slope = np.polyfit(np.log(degrees), np.log(values), 1)[0]
         assert slope == pytest.approx(-power, abs=slack)
@@ -94,10 +94,10 @@ def test_matrices_of_points_on_the_circle_have_these_eigenvalues() -> None:
 
 
 def test_it_prints_and_takes_degrees_by_name() -> None:
-    some = sphere_spectrum(relu(1, 0.5), 3, [4, 2])
+    some = sphere_spectrum(relu(1, 0.5), 3, [4, 0, 2])
     every = sphere_spectrum(relu(1, 0.5), 3, 30)
-    np.testing.assert_allclose(some.ntk, every.ntk[[4, 2]], rtol=1e-12)
-    assert some.degrees == (4, 2)
+    np.testing.assert_allclose(some.ntk, every.ntk[[4, 0, 2]], rtol=1e-12)
+    assert some.degrees == (4, 0, 2)
     assert "in 3 dimensions" in str(every)
     assert "18 degrees more" in str(every)
     assert "9 times" in str(some)
@@ -106,14 +106,21 @@ def test_it_prints_and_takes_degrees_by_name() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((1, 5), "dimension=1; needed a number from 2"),
-        ((3, []), "at least one degree"),
-        ((3, [1, -1]), "degrees=-1"),
-        ((3, 5, 0.0), "positive radius"),
-        ((3, 5, float("nan")), "radius=nan"),
+        ((relu(1, None), 1, 5), "2 dimensions"),
+        ((relu(1, None), 3.5, 5), "dimension=3.5; needed an integer"),
+        ((relu(1, None), 20_000, 5), "needed a number from 0 to 10000"),
+        ((relu(1, None), 3, []), "at least one degree"),
+        ((relu(1, None), 3, 0), "at least one degree"),
+        ((relu(1, None), 3, [1, -1]), "a degree=-1"),
+        ((relu(1, None), 3, [1.5]), "a degree=1.5; needed an integer"),
+        ((relu(1, None), 3, 5, 0.0), "radius=0.0"),
+        ((relu(1, None), 3, 5, np.nan), "radius=nan"),
+        (("relu", 3, 5), "needed a network of ntkpipe.infinite"),
+        ((Convolutional(1, "relu"), 3, 5), "needed images"),
+        ((FullyConnected(50, "relu", W_std=1e4), 3, 5), "layer 78 of 101"),
     ],
 )
-def test_bad_numbers_are_refused(arguments, words) -> None:
-    dimension, degrees, *radius = arguments
+def test_bad_arguments_are_refused(arguments, words) -> None:
+    net, dimension, degrees, *radius = arguments
     with pytest.raises(ConfigError, match=words):
-        sphere_spectrum(relu(1, None), dimension, degrees, **dict(zip(["radius"], radius, strict=False)))
+        sphere_spectrum(net, dimension, degrees, **dict(zip(["radius"], radius, strict=False)))
