@@ -60,7 +60,7 @@ class Pointwise(nn.Module):
         return ":".join([self.name, *map(str, self.numbers)])
 
 
-class Scale(nn.Module):
+class Times(nn.Module):
     """Multiplies its inputs by a constant."""
 
     def __init__(self, factor: float) -> None:

@@ -14,12 +14,12 @@ from ntkpipe.base.errors import ConfigError
 from ntkpipe.infinite import convolution, layers
 from ntkpipe.infinite.convolutional import Convolutional
 from ntkpipe.infinite.networks import FullyConnected, Network
-from ntkpipe.parametrised.layers import Conv2d, Dense, Padding, Pair, Parametrisation, Pointwise, Scale
+from ntkpipe.parametrised.layers import Conv2d, Dense, Padding, Pair, Parametrisation, Pointwise, Times
 
 Seed = int | torch.Generator
 
 
-class Residual(nn.Module):
+class Skip(nn.Module):
     """``x + inner(x)``."""
 
     def __init__(self, inner: nn.Module) -> None:
@@ -79,7 +79,7 @@ class _Maker:
             case layers.Activation(function=str(name)):
                 return "activation", Pointwise(name)
             case layers.Residual():
-                return "residual", Residual(nn.Sequential(self.sequence(step.inner, sample)))
+                return "residual", Skip(nn.Sequential(self.sequence(step.inner, sample)))
             case convolution.AveragePool():
                 return "pool", nn.AvgPool2d(step.window, step.strides)
             case convolution.GlobalAveragePool():
@@ -87,7 +87,7 @@ class _Maker:
             case layers.Flatten(is_mean=True):
                 return "flatten", nn.Flatten()
             case layers.Flatten():
-                return "flatten", nn.Sequential(nn.Flatten(), Scale(math.sqrt(sample[0, 0].numel())))
+                return "flatten", nn.Sequential(nn.Flatten(), Times(math.sqrt(sample[0, 0].numel())))
         raise ConfigError(f"{step.prints()} has no finite counterpart here; needed weights, named activations or pools")
 
     def weights(self, step: layers.Dense, make: type[Dense] | type[Conv2d], n_in: int, **options: Any) -> nn.Module:
@@ -123,7 +123,7 @@ def _finite(
     maker, sample = _Maker(widths, generator, dtype, parametrisation), torch.zeros(1, *shape, dtype=dtype)
     found = maker.sequence(network.layers, sample)
     if network.enters == "sum":
-        found = OrderedDict(inputs=Scale(math.sqrt(shape[0])), **found)
+        found = OrderedDict(inputs=Times(math.sqrt(shape[0])), **found)
     return nn.Sequential(found).eval()
 
 

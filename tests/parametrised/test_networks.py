@@ -202,6 +202,7 @@ def test_a_matching_network_has_the_options_of_the_infinite_one() -> None:
         (CASES["relu"], None, "width=None; needed"),
         (CASES["relu"], (16,), "one number, or 2, one a layer"),
         (CASES["standard"], 64, "is of widths"),
+        (CASES["residual"], (16, 24), r"a residual block makes \(1, 24\) of \(1, 16\)"),
         (
             infinite.FullyConnected(1, infinite.Activation((np.sin, np.cos))),
             64,
@@ -213,7 +214,7 @@ def test_a_matching_network_has_the_options_of_the_infinite_one() -> None:
             "LayerNorm has no finite",
         ),
     ],
-    ids=["none", "too few", "standard", "pair", "norm"],
+    ids=["none", "too few", "standard", "residual", "pair", "norm"],
 )
 def test_networks_without_a_finite_match_are_refused(net, width, words) -> None:
     with pytest.raises(ConfigError, match=words):
