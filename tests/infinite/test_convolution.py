@@ -61,6 +61,7 @@ NETWORKS: dict[str, list[Layer]] = {
         GlobalAveragePool(),
         LAST,
     ],
+    "series": [conv(padding="valid"), Activation("tanh"), AveragePool(2), Flatten(), LAST],
     "dense on pixels": [Dense(1.2, 0.2), RELU, conv(trained=False), RELU, Flatten(is_mean=False), LAST, RELU, LAST],
     "standard": [
         conv(parametrisation="standard", width=8, strides=2),
