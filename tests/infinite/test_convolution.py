@@ -48,7 +48,16 @@ NETWORKS: dict[str, list[Layer]] = {
     "around, with steps": [conv(padding="circular", strides=2), RELU, conv(padding="circular"), RELU, Flatten(), LAST],
     "valid": [conv(padding="valid"), RELU, conv(padding="valid", filter=2), RELU, GlobalAveragePool(), LAST],
     "pools between": [conv(), RELU, AveragePool(2), conv(), RELU, AveragePool((2, 1)), Flatten(), LAST],
-    "pools that overlap": [conv(), RELU, AveragePool(2, 1), conv(bias_init=0.0), GELU, GlobalAveragePool(), RELU, LAST],
+    "pools that overlap": [
+        conv(padding="valid"),
+        RELU,
+        AveragePool(2, 1),
+        conv(bias_init=0.0),
+        GELU,
+        GlobalAveragePool(),
+        RELU,
+        LAST,
+    ],
     "residual": [conv(), Residual(RELU, conv()), Residual(LayerNorm(), GELU, conv(filter=1)), RELU, Flatten(), LAST],
     "normalised": [
         conv(),
@@ -61,7 +70,7 @@ NETWORKS: dict[str, list[Layer]] = {
         GlobalAveragePool(),
         LAST,
     ],
-    "series": [conv(padding="valid"), Activation("tanh"), AveragePool(2), Flatten(), LAST],
+    "series": [conv(filter=(4, 3), padding="valid"), Activation("tanh"), AveragePool(2), Flatten(), LAST],
     "dense on pixels": [Dense(1.2, 0.2), RELU, conv(trained=False), RELU, Flatten(is_mean=False), LAST, RELU, LAST],
     "standard": [
         conv(parametrisation="standard", width=8, strides=2),
