@@ -38,11 +38,10 @@ class Images(State):
 
     def spread(self, left: FloatArray, right: FloatArray) -> tuple[FloatArray, FloatArray]:
         """See :meth:`State.spread`; what was kept begins with the pairs."""
-        pixels = min(self.copies, 1) * 2
-        first, second = (np.moveaxis(each, 0, pixels) for each in (left, right))
-        if self.copies < 2:
-            return first, second
-        return first[:, :, None, None], second[None, None]
+        if self.copies == 0:
+            return left, right
+        first, second = (each.transpose(1, 2, 0, *range(3, each.ndim)) for each in (left, right))
+        return (first, second) if self.copies == 1 else (first[:, :, None, None], second[None, None])
 
     def strips(self, left: Kept, right: Kept) -> Iterator[tuple[State, Kept, Kept]]:
         """See :meth:`State.strips`: some rows of pixels at a time."""
