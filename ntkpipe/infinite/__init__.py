@@ -1,4 +1,4 @@
-"""Networks of infinite width: their Gaussian process (NNGP) and neural tangent kernel (NTK) in closed form or by series."""
+"""Networks of infinite width: their Gaussian process (NNGP) and tangent kernel (NTK), in closed form or by series."""
 
 from ntkpipe.infinite.convolution import AveragePool as AveragePool
 from ntkpipe.infinite.convolution import Conv as Conv

@@ -52,17 +52,15 @@ def own_state(layers: Sequence[Layer], samples: FloatArray, scale: float) -> Sta
 
 
 def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, *, scale: float, into: FloatArray) -> None:
-    """Compute both kernels of samples into (2, n, m); where rows are the columns, the lower part is mirrored."""
+    """Compute both kernels of samples into (2, n, m)."""
     if rows.samples.ndim > 2:
         images.fill(layers, rows, columns, scale=scale, into=into)
         return
-    is_symmetric = rows is columns
     spare, base, block = Spare(), Spare(), np.empty((min(len(rows), HEIGHT), min(len(columns), SPAN)))
     for at in runs(len(rows), HEIGHT):
-        left, first = rows[at], at.start if is_symmetric else 0
+        left = rows[at]
         strips = [(run, sliced(left.kept, run)) for run in runs(len(left), STRIP // SPAN)]
-        for across in runs(len(columns) - first, SPAN):
-            across = slice(first + across.start, first + across.stop)
+        for across in runs(len(columns), SPAN):
             right, found = columns[across], into[:, at, across]
             s = product(left.samples, right.samples, block[: len(left), : len(right)])
             for run, kept in strips:
@@ -72,5 +70,3 @@ def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, *, scale: float, in
                 theta.fill(0.0)
                 through(layers, state, kept, right.kept)
                 found[0, run], found[1, run] = state.s, state.theta
-            if is_symmetric:
-                into[:, across, at] = found.swapaxes(1, 2)

@@ -6,16 +6,28 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ntkpipe.base.arguments import check_options, options_of
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.given import as_real
 from ntkpipe.infinite.activations.catalogue import Given, dual_of
 from ntkpipe.infinite.activations.dual import Dual
+from ntkpipe.infinite.activations.hermite import Series
 from ntkpipe.infinite.state import Kept, State
 
 Parametrisation = Literal["ntk", "standard"]
 
 
+class Settled:
+    """A frozen dataclass whose options are checked by their annotations; lists become tuples."""
+
+    def __post_init__(self) -> None:
+        given = {each.name: getattr(self, each.name) for each in fields(self) if each.init}  # type: ignore[arg-type]
+        for name, value in check_options(options_of(self.__class__), given, f"{type(self).__name__}()").items():
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+
+
 @dataclass(frozen=True)
-class Layer:
+class Layer(Settled):
     """One step of a network; equal options make equal layers."""
 
     def keep(self, state: State) -> Kept:
@@ -69,6 +81,11 @@ class Dense(Layer):
     parametrisation: Parametrisation = "ntk"
     width: int | None = None  # which the next layer needs in the standard parametrisation
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.W_std:
+            raise ConfigError("Dense(): W_std=0; needed a positive number")
+
     @property
     def gain(self) -> float:
         """W²."""
@@ -105,6 +122,7 @@ class Activation(Layer):
     dual: Dual = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kinks", tuple(as_real("kinks", self.kinks).tolist()))
         object.__setattr__(self, "dual", dual_of(self.function, self.kinks, self.tolerance, self.name))
 
     def keep(self, state: State) -> Kept:
@@ -125,11 +143,10 @@ class Activation(Layer):
         """See :meth:`Layer.canonical`."""
         if not isinstance(self.function, str) and self.name is None:
             raise ConfigError("an activation is a pair of functions without a name; give Activation(f, df, name=…)")
-        return {
-            "layer": "Activation",
-            "function": self.dual.name if isinstance(self.function, str) else f"pair:{self.name}",
-            "kinks": list(self.kinks),
-        }
+        found: dict[str, Any] = {"layer": "Activation", "function": self.dual.name}
+        if isinstance(self.dual, Series):
+            found |= {"kinks": list(self.dual.kinks), "tolerance": self.tolerance, "given": self.name}
+        return found
 
 
 @dataclass(frozen=True)
@@ -139,6 +156,7 @@ class Residual(Layer):
     inner: tuple[Layer, ...] = ()
 
     def __init__(self, *inner: Layer) -> None:
+        require_layers(inner, "Residual()")
         object.__setattr__(self, "inner", inner)
 
     def advance(self, state: State) -> Kept:
@@ -217,6 +235,14 @@ class Flatten(Layer):
 def said(sizes: tuple[int, ...]) -> str:
     """Height and width in words."""
     return f"{sizes[0]} × {sizes[1]} pixels" if sizes else "features"
+
+
+def require_layers(given: Sequence[Any], where: str) -> None:
+    """Refuse what is no layer."""
+    for number, each in enumerate(given):
+        if not isinstance(each, Layer):
+            needed = "layers, such as Dense() or Activation('relu')"
+            raise ConfigError(f"{where}: part {number + 1} is {each!r}; needed {needed}")
 
 
 def through(layers: Sequence[Layer], state: State, left: Kept, right: Kept) -> None:

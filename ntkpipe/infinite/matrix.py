@@ -1,5 +1,6 @@
 """Kernels of infinite width in memory."""
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,8 @@ from numpy.typing import NDArray
 
 from ntkpipe.base.arguments import checked
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.base.config import MemoryLimit
+from ntkpipe.base.blas import Pool
+from ntkpipe.base.config import Budget, MemoryLimit
 from ntkpipe.infinite.networks import Network
 
 
@@ -27,6 +29,10 @@ def infinite_kernel_matrix(
         net.require_time(shape[1:], shape[0] * count, force=force)
     rows = net.prepare(x)
     columns = rows if other is None else net.prepare(other)
-    found = np.empty((2, len(rows), len(columns)))
-    net.fill(rows, columns, found)
+    shape = (2, len(rows), len(columns))
+    advice = "use compute_infinite_kernel, which writes a store"
+    Budget.of(memory_limit).require(8.0 * prod(shape), f"an array {shape} of both kernels", advice, share=0.7)
+    found = np.empty(shape)
+    with Pool.open() as pool:
+        net.fill(rows, columns, found, pool)
     return found

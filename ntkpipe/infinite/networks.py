@@ -1,7 +1,7 @@
 """Networks as sequences of layers, and the fully connected ones of the literature."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -11,19 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray, runs
-from ntkpipe.base.blas import single_threaded_blas
+from ntkpipe.base.blas import Pool, single_threaded_blas
 from ntkpipe.base.errors import ConfigError, DataError, ResourceError
 from ntkpipe.base.given import as_real
 from ntkpipe.base.resources import format_seconds
 from ntkpipe.infinite import images
 from ntkpipe.infinite.activations.catalogue import Given
 from ntkpipe.infinite.evaluate import HEIGHT, fill, own_state
-from ntkpipe.infinite.layers import Activation, Dense, Layer, Parametrisation, advanced
+from ntkpipe.infinite.layers import Activation, Dense, Layer, Parametrisation, Settled, advanced, require_layers
 from ntkpipe.infinite.slow import slow
 from ntkpipe.infinite.state import Kept, Rows, State, size_of
 
 _OPERATION_SECONDS = 5e-10  # of one core, about
 _MOST_SECONDS = 24 * 3600.0
+_PARTS = 8  # a thread, of images
 
 FirstLayer = Literal["mean", "sum"]
 
@@ -81,10 +82,26 @@ class Network(ABC):
         self.fill(rows, columns, found)
         return found[0], found[1]
 
-    def fill(self, rows: Rows, columns: Rows, into: FloatArray) -> None:
-        """The same, into an array (2, n, m)."""
-        with single_threaded_blas():
-            fill(self.layers, rows, columns, scale=self.scale(rows.samples.shape[-1]), into=into)
+    def fill(self, rows: Rows, columns: Rows, into: FloatArray, pool: Pool | None = None) -> None:
+        """The same, into an array (2, n, m), by threads where a pool is given."""
+        layers, scale, is_symmetric = self.layers, self.scale(rows.samples.shape[-1]), rows is columns
+        height = HEIGHT if rows.samples.ndim == 2 else -(-len(rows) // (_PARTS * pool.num_threads if pool else 1))
+
+        def work(run: slice) -> None:
+            # A symmetric kernel is computed from its diagonal on, and mirrored.
+            first = run.start if is_symmetric else 0
+            left, right = rows[run], columns[first:]
+            is_last = is_symmetric and run.stop == len(rows)
+            fill(layers, left, left if is_last else right, scale=scale, into=into[:, run, first:])
+            if is_symmetric:
+                into[:, run.stop :, run] = into[:, run, run.stop :].swapaxes(1, 2)
+
+        if pool is None:
+            with single_threaded_blas():
+                for run in runs(len(rows), height):
+                    work(run)
+        else:
+            pool.each(work, runs(len(rows), height))
 
     def scale(self, features: int) -> float:
         """What products of inputs are multiplied with."""
@@ -117,12 +134,12 @@ class Network(ABC):
             remedy = ", smaller images, or Flatten in place of pools"
         raise ResourceError(
             f"{pairs:,.0f} pairs of images of {shape[1]} × {shape[2]} pixels take about {format_seconds(seconds)} "
-            f"of one core: {each}. Use fewer images{remedy}; or compute_infinite_kernel, on all cores; or give force=True"
+            f"of one core: {each}. Use fewer images{remedy}; or compute_infinite_kernel, on all cores; or force=True"
         )
 
     def row_bytes(self, shape: Sequence[int]) -> int:
         """Bytes of :class:`Rows` a sample."""
-        rows = self.prepare(np.zeros((1, *shape)))
+        rows = self.prepare(np.ones((1, *shape)))
         return rows.samples.nbytes + size_of(rows.kept) + 16
 
     def _entered(self, samples: NDArray[Any]) -> FloatArray:
@@ -159,15 +176,19 @@ def _joined(parts: list[Kept]) -> Kept:
 
 
 @dataclass(frozen=True)
-class Sequential(Network):
-    """Layers in order."""
+class Sequential(Settled, Network):
+    """Layers in order, such as ``[Dense(), Activation("relu"), Dense()]``; ``first_layer="sum"``: x·x' is no mean."""
 
     steps: tuple[Layer, ...]
     first_layer: FirstLayer = "mean"
 
     def __init__(self, layers: Sequence[Layer], first_layer: FirstLayer = "mean") -> None:
+        require_layers(layers, "Sequential()")
         object.__setattr__(self, "steps", tuple(layers))
         object.__setattr__(self, "first_layer", first_layer)
+        self.__post_init__()
+        if not self.steps:
+            raise ConfigError("Sequential() without layers; needed at least one")
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -181,18 +202,66 @@ class Sequential(Network):
 
 
 @dataclass(frozen=True)
-class FullyConnected(Network):
-    """Dense layers with an activation between any two."""
+class FullyConnected(Settled, Network):
+    """Dense layers with an activation between any two; W_std and b_std are numbers, or hidden + 1 of them.
+
+    ``b_std=None`` is no bias. ``bias_init`` is τ: biases start as N(0, τ²), and with 0 at zero, but are trained.
+    ``trained`` is ``"last"`` where Θ is that of the last layer alone, or numbers of layers, from 0 to hidden.
+    """
 
     hidden: int = 1
     activation: Given | Activation = "relu"
-    W_std: float | tuple[float, ...] = 1.0
-    b_std: float | tuple[float | None, ...] | None = None
+    W_std: float | Sequence[float] = 1.0
+    b_std: float | Sequence[float | None] | None = None
     bias_init: float = 1.0
     first_layer: FirstLayer = "mean"
     parametrisation: Parametrisation = "ntk"
-    widths: tuple[int, ...] | None = None
+    widths: Sequence[int] | None = None
     trained: Literal["all", "last"] | frozenset[int] = "all"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.trained, Collection) and not isinstance(self.trained, str):
+            object.__setattr__(self, "trained", frozenset(self.trained))
+        super().__post_init__()
+        for name, count in (("W_std", self.hidden + 1), ("b_std", self.hidden + 1), ("widths", self.hidden)):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != count:
+                raise ConfigError(f"FullyConnected(): {len(value)} of {name}; needed {count} for hidden={self.hidden}")
+        if self.parametrisation == "standard" and self.widths is None:
+            raise ConfigError("FullyConnected(): the standard parametrisation needs widths= of the hidden layers")
+        if not isinstance(self.trained, str) and not self.trained <= set(range(self.hidden + 1)):
+            raise ConfigError(f"FullyConnected(): trained={set(self.trained)}; needed numbers from 0 to {self.hidden}")
+        assert self.layers  # which checks their options
+
+    @classmethod
+    def jacot(cls, hidden: int, beta: float = 0.1, activation: Given | Activation = "relu") -> "FullyConnected":
+        """The networks of Jacot, Gabriel, Hongler 2018, of L = hidden + 1: W = 1, b = β."""
+        return cls(hidden, activation, 1.0, beta)
+
+    @classmethod
+    def lee(
+        cls,
+        hidden: int,
+        W_std: float = 1.5,  # noqa: N803
+        b_std: float = 0.05,
+        activation: Given | Activation = "erf",
+    ) -> "FullyConnected":
+        """Those of Lee et al. 2019, with the numbers of their figures."""
+        return cls(hidden, activation, W_std, b_std)
+
+    @classmethod
+    def arora(cls, hidden: int) -> "FullyConnected":
+        """Those of Arora et al. 2019 (1904.11955, Eqs. 7 to 9): ReLU, no bias, Σ⁰ = x·x', c_σ = 2."""
+        return cls(hidden, "relu", (1.0, *(2.0**0.5,) * hidden), first_layer="sum")
+
+    @classmethod
+    def scikit_ntk(cls, depth: int, bias: float = 0.1) -> "FullyConnected":
+        """``NeuralTangentKernel(depth, bias)`` of scikit-ntk, which divides by (depth + 1)(bias² + 1)."""
+        # A factor of the last layer's W² and b² is one of both kernels.
+        last = ((depth + 1) * (bias**2 + 1.0)) ** -0.5
+        weights, biases = (1.0, *(2.0**0.5,) * depth), (bias,) * (depth + 1)
+        weights, biases = ((*each[:-1], each[-1] * last) for each in (weights, biases))
+        return cls(depth, "relu", weights, biases, bias_init=0.0, first_layer="sum")
 
     @property
     def enters(self) -> FirstLayer:
@@ -202,14 +271,15 @@ class FullyConnected(Network):
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers, in order."""
-        count = self.hidden + 1
-        weights = self.W_std if isinstance(self.W_std, tuple) else (self.W_std,) * count
-        biases = self.b_std if isinstance(self.b_std, tuple) else (self.b_std,) * count
-        trained = {"all": range(count), "last": (count - 1,)}.get(self.trained, self.trained)  # type: ignore[call-overload]
-        act = self.activation if isinstance(self.activation, Activation) else Activation(self.activation)
+        count, act = self.hidden + 1, self.activation
+        weights, biases = ([*each] if isinstance(each, tuple) else [each] * count for each in (self.W_std, self.b_std))
+        last = range(self.hidden if self.trained == "last" else 0, count)
+        trained: Collection[int] = last if isinstance(self.trained, str) else self.trained
+        act = act if isinstance(act, Activation) else Activation(act)
         found: list[Layer] = []
-        for at in range(count):
-            width = (*self.widths, None)[at] if self.widths else None
-            weight, bias = weights[at], biases[at]
-            found += [Dense(weight, bias, self.bias_init, at in trained, self.parametrisation, width), act]
+        for at, width in enumerate((*(self.widths or (None,) * self.hidden), None)):
+            found += [
+                Dense(weights[at], biases[at], self.bias_init, at in trained, self.parametrisation, width),
+                act,
+            ]
         return tuple(found[:-1])

@@ -26,7 +26,7 @@ def _silu_slope(x: FloatArray) -> FloatArray:
 # Name → its dual, from the parameter behind the colon, if any.
 CLOSED: dict[str, Callable[..., Dual]] = {
     "relu": lambda: closed.Rectifier("relu", 0.0),
-    "leaky_relu": lambda slope=0.01: closed.Rectifier(f"leaky_relu:{slope:g}", slope),
+    "leaky_relu": lambda slope=0.01: closed.Rectifier(f"leaky_relu:{slope!r}", slope),
     "abs": lambda: closed.Rectifier("abs", -1.0),
     "erf": closed.Erf,
     "gelu": closed.Gelu,
@@ -59,7 +59,8 @@ def dual_of(given: Given, kinks: Sequence[float], tolerance: float, name: str | 
             f"unknown activation {given!r}{nearest(known, KNOWN)} (known: {', '.join(KNOWN)}, or (f, df))"
         )
     if known in SERIES and not parameter:
-        return Series(known, *SERIES[known], tolerance)
+        function, derivative, places = SERIES[known]
+        return Series(known, function, derivative, places, tolerance)
     try:
         return CLOSED[known](float(parameter)) if parameter else CLOSED[known]()
     except (KeyError, TypeError, ValueError):

@@ -202,8 +202,8 @@ class Identity(Dual):
 
     def apply(self, state: State, left: Kept, right: Kept, gain: float) -> None:
         """V = s, V̇ = 1."""
-        state.is_ahead = gain == 1.0
-        state.multiply(gain)
+        state.s *= gain
+        state.theta *= gain
 
     def slow(self, s: float, p: float, q: float) -> tuple[float, float]:
         """The same."""

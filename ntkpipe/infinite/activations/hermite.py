@@ -1,4 +1,4 @@
-"""Any activation, by its series in Hermite polynomials with a bound on what is left out, and elsewhere by quadrature."""
+"""Any activation, by its Hermite series with a bound on what is left out, and elsewhere by quadrature."""
 
 import math
 from collections.abc import Callable
@@ -82,8 +82,8 @@ class Series(Dual):
             else "if it or its derivative has kinks, declare where, kinks=(0.0,)"
         )
         raise ConfigError(
-            f"activation {self.name!r} at variance {p:.3g}: integrals do not converge to {_AGREES:g} (the last two rules "
-            f"differ by {gaps[0]:.1e}); {advice}; if it is steep for such a variance, use smaller W_std, b_std or inputs"
+            f"activation {self.name!r} at variance {p:.3g}: integrals do not converge to {_AGREES:g} (rules differ by "
+            f"{gaps[0]:.1e}); {advice}; if it is steep for such a variance, give smaller W_std, b_std or inputs"
         )
 
     def _gaps(self, p: float, step: float) -> list[float]:
@@ -98,7 +98,7 @@ class Series(Dual):
                 terms = self._values(function, math.sqrt(p) * nodes) ** 2 * weights
                 sums = [float(terms[:: 2**at].sum()) * 2**at for at in range(6)]
             found.append([abs(other - sums[0]) / max(sums[0], 1e-300) for other in sums[1:]])
-        return np.max(found, axis=0).tolist()
+        return [max(pair) for pair in zip(*found, strict=True)]
 
     def _square(self, function: Function, p: float, nodes: FloatArray, weights: FloatArray) -> float:
         return float((self._values(function, math.sqrt(p) * nodes) ** 2 * weights).sum())

@@ -20,7 +20,7 @@ def density(u: FloatArray) -> FloatArray:
 def trapezoid(step: float) -> tuple[FloatArray, FloatArray]:
     """Nodes and weights, the density included; exponentially exact for analytic functions."""
     count = round(REACH / step)
-    nodes = step * np.arange(-count, count + 1)
+    nodes = np.asarray(step * np.arange(-count, count + 1), np.float64)
     return nodes, step * density(nodes)
 
 
