@@ -171,7 +171,7 @@ def test_options_are_alike_however_they_are_given() -> None:
         ({"hidden": 2, "strides": (1, 1, 1)}, "3 of strides; needed 2 for hidden=2"),
         ({"pool": (2, 2)}, "2 of pool; needed 1 for hidden=1"),
         ({"head": "mean"}, "head='mean'; needed 'flatten' or 'gap'"),
-        ({"padding": "reflect"}, "padding='reflect'; needed 'same', 'valid', 'circular' or an integer"),
+        ({"padding": "reflect"}, "padding='reflect'; needed 'same', 'valid' or 'circular' or an integer"),
         ({"padding": -1}, "padding=-1; needed an integer from 1"),
         ({"filter": 0}, "filter=0; needed an integer from 1 on"),
         ({"filter": (3, 3, 3)}, "filter=(3, 3, 3); needed one number, or two"),
