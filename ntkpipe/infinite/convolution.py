@@ -16,10 +16,12 @@ from ntkpipe.infinite.state import Kept, State
 Pair = int | Sequence[int]  # one number for height and width, or both
 
 
-def as_pair(value: Pair) -> tuple[int, int]:
+def as_pair(value: Pair, name: str = "") -> tuple[int, int]:
     """Numbers for height and width."""
-    height, width = value if isinstance(value, Sequence) else (value, value)
-    return height, width
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(pair) != 2:
+        raise ConfigError(f"{name}={value}; needed one number, or two of height and width")
+    return pair[0], pair[1]
 
 
 def settle_padding(options: Any) -> None:
@@ -30,10 +32,7 @@ def settle_padding(options: Any) -> None:
 
 def _settle_pairs(layer: Layer, *names: str) -> None:
     for name in names:
-        given = getattr(layer, name)
-        if isinstance(given, tuple) and len(given) != 2:
-            raise ConfigError(f"{layer.prints()}(): {name}={given}; needed one number, or two of height and width")
-        object.__setattr__(layer, name, as_pair(given))
+        object.__setattr__(layer, name, as_pair(getattr(layer, name), f"{layer.prints()}(): {name}"))
 
 
 @dataclass(frozen=True)

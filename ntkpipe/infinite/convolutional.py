@@ -73,7 +73,7 @@ class Convolutional(Settled, Network):
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers, in order."""
-        count, area = self.hidden + 1, prod(as_pair(self.filter))
+        count, area = self.hidden + 1, prod(as_pair(self.filter, "Convolutional(): filter"))
         weights, biases = self._each("W_std", count), self._each("b_std", count)
         if self.preset:
             weights = (area**0.5, *(2**0.5,) * (count - 2), (2 / area) ** 0.5)
