@@ -106,6 +106,8 @@ def test_bits_depend_on_two_images_alone(name: str, monkeypatch: pytest.MonkeyPa
     assert_array_equal(whole, whole.swapaxes(1, 2))
     assert_array_equal(whole[:, 7], whole[:, 2])
     assert_array_equal(np.stack(net.diagonal(rows)), np.diagonal(whole, axis1=1, axis2=2))
+    assert_array_equal(infinite_kernel_matrix(net, values), whole)
+    assert_array_equal(infinite_kernel_matrix(net, values[:2], values), whole[:, :2])
     draw = np.random.default_rng(0)
     for entries, strip in ((1, 1), (1 << 11, 1 << 7), (1 << 12, 1 << 13)):
         monkeypatch.setattr(images, "_ENTRIES", entries)
