@@ -141,6 +141,10 @@ class Network(ABC):
         rows = self.prepare(np.ones((1, *shape)))
         return rows.samples.nbytes + size_of(rows.kept) + 16
 
+    def scratch_bytes(self, shape: Sequence[int]) -> int:
+        """Bytes of what a thread computes with beside rows and tiles, about."""
+        return images.scratch_bytes(self.layers, shape) if len(shape) > 1 else 8 * 2**20
+
     def _entered(self, samples: NDArray[Any]) -> FloatArray:
         """Inputs in float64, pixels before channels."""
         values = as_real("inputs", samples).astype(np.float64)
