@@ -76,7 +76,7 @@ KINDS = {
 }
 
 # Of :func:`ntkpipe.compute_infinite_kernel` alone; a manifest has the convention of its network.
-INFINITE = Kind("infinite", "K[i, j] = Theta(x_i, x_j), the NTK of a network of infinite width")
+INFINITE = Kind("infinite_ntk", "K[i, j] = Theta(x_i, x_j), the NTK of a network of infinite width")
 
 
 def get_kind(name: str) -> Kind:

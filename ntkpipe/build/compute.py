@@ -168,7 +168,8 @@ def verify(
 
     Without a model: every chunk present, whole and finite, diagonal tiles symmetric, entries within the
     Cauchy-Schwarz bound. With one: fingerprints of model and samples are compared first, then K v from the store with
-    J(J'v), in which every entry takes part.
+    J(J'v), in which every entry takes part. With a network of infinite width K v is formed anew in a random row of each
+    row of tiles, some of its entries by other formulas.
 
     Parameters
     ----------

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ntkpipe.base.errors import ConfigError, DataError, NonFiniteError, NtkpipeError, ResourceError
 from ntkpipe.base.grid import Span, default_tile, kernel_grids
 from ntkpipe.base.kinds import INFINITE
+from ntkpipe.base.paths import said
 from ntkpipe.base.progress import Ticks
 from ntkpipe.base.resources import format_seconds
 from ntkpipe.base.tables import TableRows
@@ -28,10 +29,13 @@ from ntkpipe.build.tiles import BuildJob, Sink
 from ntkpipe.build.workers import Resources, environment
 from ntkpipe.infinite.networks import Network
 from ntkpipe.jacobian.cost import Cost
+from ntkpipe.jacobian.model.device import SIZES
 from ntkpipe.jacobian.model.samples import Samples, Source, show_samples
 from ntkpipe.store.manifest import FORMAT, Choices, DataRecord, Manifest, SourceRecord
 
 _CPU = torch.device("cpu")
+# Pieces of which both kernels take 16 MiB, in one call.
+_SIZES = replace(SIZES["cpu"], piece_rows=1024, piece_entry_bytes=16, scratch_bytes=16 * 2**20)
 _NNGP = "nngp"  # the group of its plane
 _CONVENTION = (
     "K[i, j] = Theta(x_i, x_j), the NTK of infinitely wide layers z = W_std / sqrt(fan_in) W a + b_std b, W ~ N(0, 1), "
@@ -41,10 +45,11 @@ _CONVENTION = (
     "the sum of products of inputs, as first_layer says. Of O outputs both are K x I_O"
 )
 _TILE_FLOPS = 2e11  # of a tile, at most, where no tile is asked for: decided by counts, so that runs agree
-_TIMED_SECONDS = 0.1
-_TIMED_SAMPLES = 512
+_TIMED_SECONDS, _TIMED_TRIES = 0.5, 3
+_TIMED_SAMPLES, _TIMED_FLOPS = 1024, 2e9  # of a tile that is timed, at most
 _MOST_SECONDS = 24 * 3600.0  # of a run that is not forced
-_SLOW_SECONDS = 20.0  # of a certificate
+_SLOW_SECONDS = 5.0  # of rows of one set, for entries one by one
+_SLOW_FLOPS = 1e7  # of such an entry: scalar ones take about a microsecond
 _SCAN_BYTES = 32 * 2**20
 
 
@@ -56,9 +61,10 @@ class FormulaPlan(Plan):
         own = {
             "kernels": ", ".join(f"{name} {g.shape[0]:,} × {g.shape[1]:,}" for name, g in self.workload.grids.items())
             + "; NTK and NNGP of each",
-            "operations": f"{self.flops / 1e9:,.1f} GFLOP, counted",
+            "operations": f"{self.flops / 1e9:,.1f} GFLOP, {self.jacobian_flops / self.flops:.0%} of them of samples",
+            "recompute factor": f"{self.recompute_factor:.2f} (preparations of a sample)",
         }
-        left_out = ("recompute factor", "Jacobian strips", "forward batch")
+        left_out = ("Jacobian strips", "forward batch")
         return [(name, own.get(name, words)) for name, words in super().rows() if name not in left_out]
 
 
@@ -91,6 +97,8 @@ class FormulaSource(SampleSource):
         """What is asked for; ``look`` finds the records of samples."""
         net, train, test, spec = as_network(request.model), request.train, request.test, request.kernel
         network = json.loads(json.dumps(net.canonical()))
+        if resources.client is not None:
+            resources.require_model(net)
         samples = {"train": train} | ({} if test is None else {"test": test})
         for one in samples.values():
             if one.is_mapping:
@@ -129,24 +137,30 @@ class FormulaSource(SampleSource):
         cost, rate = self._measured()
         grids = kernel_grids(train.num_samples, num_test, 1, tile)
         itemsize = np.dtype(self.manifest.store_dtype).itemsize
-        workload = Workload(grids, num_test or 0, tile, 1, itemsize, cost, num_groups=1)
-        found = self.planned(work, workload, _CPU, rate, None)  # no choice decides any bit
+        workload = Workload(grids, num_test or 0, tile, 1, itemsize, cost, num_groups=1, sizes=_SIZES)
+        cluster, source = self.resources.cluster, self
+        if cluster is not None:  # whose workers measured matrix products
+            resources = replace(self.resources, cluster=replace(cluster, flops_per_second=rate))
+            source = replace(self, resources=resources)
+        found = source.planned(work, workload, _CPU, rate, None)  # no choice decides any bit
         return FormulaPlan(**{**vars(found), "sample_seconds": cost.jacobian_flops / rate})
 
     def _measured(self) -> tuple[Cost, float]:
-        """Costs with the preparation of a sample, and pairs' operations a second, from the first samples."""
-        net, cost, count = self.engine.net, self.engine.cost, 1
-        while True:
-            (values,) = self.samples["train"].source.read(0, min(count, self.samples["train"].num_samples)).values()
+        """Costs with the preparation of a sample, and operations of pairs a second, from the first samples."""
+        net, cost = self.engine.net, self.engine.cost
+        count = max(1, min(_TIMED_SAMPLES, int((_TIMED_FLOPS / cost.pair_flops) ** 0.5)))
+        count = min(count, self.samples["train"].num_samples)
+        (values,) = self.samples["train"].source.read(0, count).values()
+        tries: list[tuple[float, float]] = []
+        while sum(map(sum, tries)) < _TIMED_SECONDS and len(tries) < _TIMED_TRIES:
             start = perf_counter()
             rows = net.prepare(values)
             between = perf_counter()
             net.tile(rows, rows[:])
-            end = perf_counter()
-            if end - between >= _TIMED_SECONDS or count > len(values) or count >= _TIMED_SAMPLES:
-                rate = cost.pair_flops * len(values) ** 2 / (end - between)
-                return replace(cost, jacobian_flops=rate * (between - start) / len(values)), rate
-            count *= 4
+            tries.append((between - start, perf_counter() - between))
+        preparation, contraction = (min(each) for each in zip(*tries, strict=True))
+        rate = cost.pair_flops * count**2 / contraction
+        return replace(cost, jacobian_flops=rate * preparation / count), rate
 
     def settle(self, work: Work) -> "FormulaSource":
         """See :meth:`TileSource.settle`: every sample passes through the layers once."""
@@ -166,8 +180,9 @@ class FormulaSource(SampleSource):
                     try:
                         self.engine.net.prepare(values)
                     except NtkpipeError as error:
-                        error.add_note(f"of {one.label} {span.start}:{span.stop}")
-                        raise
+                        if span.start == 0:
+                            raise
+                        raise type(error)(f"{said(error)} (samples of {one.label} from {span.start} on)") from error
         where = self.resources.where_computed(_CPU)
         choices = plan.choices({}, *where) if work.existing is None else work.existing.manifest.choices
         return replace(self, settled=plan, manifest=self.manifest.model_copy(update={"choices": choices}))
@@ -208,11 +223,14 @@ class FormulaProducts(RowProducts):
     """K v in a random row of each row of tiles, so that every tile takes part; random entries by a slow path."""
 
     by_tolerance = True
-    words: ClassVar[Mapping[str, Any]] = {"by_formula": True}
 
     def __init__(self, source: FormulaSource, signs: Vector, progress: bool) -> None:
         self._source, self._signs, self._progress = source, signs, progress
-        self._net, self._tile = source.engine.net, source.manifest.tile
+        self._net, self._tile, self._num_slow = source.engine.net, source.manifest.tile, 0
+
+    def words(self) -> Mapping[str, Any]:
+        """See :meth:`RowProducts.words`."""
+        return {"by_formula": True, "slow_entries": self._num_slow}
 
     def _read(self, split: str, start: int, stop: int) -> NDArray[Any]:
         (values,) = self._source.samples[split].source.read(start, stop).values()
@@ -243,6 +261,7 @@ class FormulaProducts(RowProducts):
         samples = np.concatenate([self._read(split, row, row + 1) for row in picked.tolist()])
         left, count = self._net.prepare(samples), len(self._signs)
         found, slow = np.zeros((2, len(picked))), self._chosen(samples, count)
+        self._num_slow += len(slow)
         spans = Span(0, count).cut(self._tile)
         with Ticks(len(spans), what=f"rows of {split}", unit="step", enabled=self._progress) as ticks:
             for span in spans:
@@ -259,14 +278,13 @@ class FormulaProducts(RowProducts):
 
     def _chosen(self, samples: NDArray[Any], count: int) -> list[tuple[int, int]]:
         """Entries for the slow path, as many as its time allows, at least one a row."""
-        with suppress(NotImplementedError):
-            start = perf_counter()
-            self._net.slow(samples[0], samples[-1])
-            seconds = perf_counter() - start
-            every = np.random.default_rng(3).permutation(len(samples) * count)
-            most = max(len(samples), int(_SLOW_SECONDS / seconds))
-            return [divmod(int(n), count) for n in every[:most]]
-        return []
+        if self._source.engine.cost.pair_flops > _SLOW_FLOPS:
+            return []
+        start = perf_counter()
+        self._net.slow(samples[0], samples[-1])
+        most = max(len(samples), int(_SLOW_SECONDS / (perf_counter() - start)))
+        every = np.random.default_rng(3).permutation(len(samples) * count)
+        return [divmod(int(n), count) for n in every[:most]]
 
 
 def as_network(value: object) -> Network:

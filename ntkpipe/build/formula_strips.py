@@ -21,7 +21,6 @@ from ntkpipe.infinite.state import Rows
 from ntkpipe.jacobian.cost import Cost
 
 _PIECE_FLOPS = 4e9  # of two pieces that meet, after which a worker looks whether the run is stopped
-_SAMPLE_BYTES = 2**20  # scratch for each sample of a piece, at most
 _FIXED_BYTES = 64 * 2**20  # scratch of a worker
 
 
@@ -91,7 +90,7 @@ class FormulaEngine:
     def cost(self) -> Cost:
         """Counted costs, but for the time of preparing a sample."""
         held = self.net.row_bytes(self.shape)
-        return Cost(held, held + _SAMPLE_BYTES, _FIXED_BYTES, held, 0.0, self.net.operations(self.shape))
+        return Cost(held, 3 * held, _FIXED_BYTES, held, 0.0, self.net.operations(self.shape))
 
     def block(
         self, load: Callable[[int, int], NDArray[Any]], start: int, stop: int, *, subtile: int, batch: int

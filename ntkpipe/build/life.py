@@ -36,7 +36,10 @@ class RowProducts(Protocol):
     """Every kernel times a vector at a few rows, or summed over some, by gradients of rows alone or by formulas."""
 
     by_tolerance: ClassVar[bool] = False  # whether rows are few, so that none stands out from the others
-    words: ClassVar[Mapping[str, Any]] = {"by_backward": True}  # what a certificate says of them
+
+    def words(self) -> Mapping[str, Any]:
+        """What a certificate says of them."""
+        return {"by_backward": True}
 
     def bundles(self, split: str) -> NDArray[np.int64]:
         """A label for each row; sums over the rows of a label cost about as much as tiles of their samples."""

@@ -107,7 +107,7 @@ def _rows_named(
     exact, found = by_rows.sums(alone) if any(map(len, rows.values())) else {}, {}
     for key, each in certificates.items():
         chosen = rows[key[-1]]
-        found[key] = {**each, **by_rows.words}
+        found[key] = {**each, **by_rows.words()}
         if each["suspect_rows"]:
             named = judge(stored[key].summed(alone[key[-1]], len(chosen)), exact[key], median=each["median_error"])
             suspects = chosen[list(named["suspect_rows"])].tolist()

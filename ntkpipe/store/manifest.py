@@ -161,9 +161,10 @@ class Manifest(_Record):
     @property
     def maker(self) -> str:
         """The model, or the formula in its place, in words."""
-        if self.model is None:
-            return "a network of infinite width"
-        return f"{self.model.name}, {self.model.num_parameters:,} parameters"
+        if self.model is not None:
+            return f"{self.model.name}, {self.model.num_parameters:,} parameters"
+        layers = None if self.source is None else self.source.network.get("layers")
+        return f"{len(layers) if isinstance(layers, list) else 'some'} layers of infinite width"
 
     @property
     def shape(self) -> str:

@@ -72,7 +72,7 @@ class VerificationReport:
 def agreement(certificate: Mapping[str, Any]) -> str:
     """What K v was compared with; records of earlier versions do not say."""
     if certificate.get("by_formula", False):
-        return "rows at random by the formulas"
+        return f"rows at random by the formulas ({certificate['slow_entries']:,} entries by a slow path)"
     by_backward = certificate.get("by_backward", False)
     return "⟨∇f, Jᵀv⟩ (by backward alone: J u is missing, or of another J)" if by_backward else "J(Jᵀv)"
 

@@ -361,8 +361,8 @@ def test_a_network_of_infinite_width_is_run_planned_verified_and_repaired(tmp_pa
     assert json.loads(ntkpipe("plan", INFINITE, *few, "--json", cwd=tmp_path).stdout)["tiles"] == 2 * (6 + 9)
     answer = ntkpipe("run", INFINITE, *few, cwd=tmp_path)
     assert (answer.returncode, answer.stderr) == (0, answer.stderr)
-    assert "infinite of a network of infinite width" in answer.stdout
-    assert "rows at random by the formulas" in answer.stdout
+    assert "infinite_ntk of 7 layers of infinite width" in answer.stdout
+    assert "rows at random by the formulas (" in answer.stdout
     store = tmp_path / "runs/digits-infinite.zarr"
     tile = store / "groups/nngp/test_train/c/1/0"
     kept = tile.read_bytes()

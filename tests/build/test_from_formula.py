@@ -23,7 +23,15 @@ from ntkpipe.base.errors import (
 )
 from ntkpipe.build import formula_source
 from ntkpipe.executors.connect import connect
-from ntkpipe.infinite import FullyConnected
+from ntkpipe.infinite import (
+    Activation,
+    Conv,
+    Convolutional,
+    Dense,
+    FullyConnected,
+    GlobalAveragePool,
+    Sequential,
+)
 
 TRAIN, TEST = inputs(), inputs(7, seed=1)
 
@@ -51,6 +59,30 @@ def test_a_store_has_the_bits_of_the_matrix_in_memory_whatever_its_tiles_and_wor
         np.testing.assert_array_equal(kernels.test_diagonal[:, 0, 0], own[number].diagonal())
     assert found.manifest.num_outputs == 3
     np.testing.assert_array_equal(found.outputs, np.zeros((18, 3)))
+
+
+IMAGES = np.random.default_rng(5).standard_normal((11, 2, 4, 4))
+NETWORKS = [
+    (
+        FullyConnected(hidden=3, W_std=1.4, b_std=0.1, bias_init=0.5, parametrisation="standard", widths=(8, 9, 10)),
+        TRAIN,
+    ),
+    (FullyConnected(activation="tanh", W_std=(1.0, 1.2), b_std=0.3, trained="last"), TRAIN),
+    (Convolutional(hidden=2, W_std=1.4, b_std=0.1), IMAGES),
+    (Sequential([Conv(W_std=1.3), Activation("gelu"), Conv(b_std=0.2), GlobalAveragePool(), Dense()]), IMAGES),
+]
+
+
+@pytest.mark.parametrize(("net", "x"), NETWORKS)
+def test_any_network_has_the_bits_of_its_matrix_and_a_certificate_by_the_slow_path(tmp_path, net, x):
+    kept = compute_infinite(tmp_path / "k", net=net, inputs=x, targets=None, test_inputs=None, tile=3)
+    nngp, ntk = ntkpipe.infinite_kernel_matrix(net, x)
+    np.testing.assert_array_equal(kept.train[:], ntk)
+    np.testing.assert_array_equal(kept.group("nngp").train[:], nngp)
+    report = ntkpipe.verify(kept, net, progress=False)
+    assert report.is_good
+    assert all(each["slow_entries"] >= -(-len(x) // 3) for each in report.certificates)
+    assert max(each["error"] for each in report.certificates) < 1e-12
 
 
 def test_memory_cuts_tiles_into_strips_and_changes_no_bit(tmp_path, made, monkeypatch):
@@ -162,7 +194,7 @@ def test_another_network_is_refused_with_the_option_that_differs(made, changes, 
 
 
 def test_networks_and_models_are_not_taken_for_each_other(tmp_path, made):
-    with pytest.raises(StoreMismatchError, match="was made of a network of infinite width, and Sequential was given"):
+    with pytest.raises(StoreMismatchError, match="was made of 5 layers of infinite width, and Sequential was given"):
         ntkpipe.verify(made, mlp())
     with pytest.raises(StoreMismatchError, match="model"):
         compute(made)
@@ -170,7 +202,7 @@ def test_networks_and_models_are_not_taken_for_each_other(tmp_path, made):
     with pytest.raises(StoreMismatchError, match="43 parameters, and FullyConnected was given"):
         ntkpipe.verify(tmp_path / "model", NETWORK)
     with pytest.raises(ConfigError, match="compute_infinite_kernel alone"):
-        compute(tmp_path / "other", kind="infinite")
+        compute(tmp_path / "other", kind="infinite_ntk")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +213,7 @@ def test_networks_and_models_are_not_taken_for_each_other(tmp_path, made):
         ({"inputs": np.where(np.arange(72).reshape(18, 4) == 21, np.inf, TRAIN)}, NonFiniteError, "sample 5"),
         ({"inputs": np.where(np.arange(72).reshape(18, 4) == 21, np.nan, TRAIN)}, NonFiniteError, "sample 5"),
         ({"inputs": TRAIN + 1j}, DataError, "complex"),
-        ({"net": replace(NETWORK, activation="relu", W_std=1e60, hidden=4)}, ConfigError, "layer 7 of 9"),
+        ({"net": replace(NETWORK, activation="relu", W_std=1e60, hidden=4)}, ConfigError, r"layer \d of 9"),
         ({"test_inputs": TEST[:, :3]}, DataError, r"\(3,\)"),
     ],
 )
@@ -226,5 +258,5 @@ def test_solvers_analyses_and_reports_work_on_it(store, tmp_path):
     assert {"model", "source"} <= {name.partition(".")[0] for name in compared.differs}
     report = ntkpipe.write_report(kept, tmp_path / "page.html")
     page = Path(report.path).read_text()
-    assert "a network of infinite width" in page
+    assert "5 layers of infinite width" in page
     assert "how their Jacobians were held" not in page

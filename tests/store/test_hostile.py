@@ -200,7 +200,8 @@ SOURCES: list[tuple[Change, str]] = [
 @pytest.mark.parametrize(("change", "words"), SOURCES)
 def test_a_formula_is_data_too(tmp_path, make_manifest, change, words):
     source = SourceRecord(name="infinite", network={"layers": [{"layer": "Dense", "W_std": 1.5}]}, formulas=1)
-    manifest = make_manifest(kind="infinite", model=None, source=source, groups={"nngp": ()}).model_dump(mode="json")
+    fields = {"kind": "infinite_ntk", "model": None, "source": source, "groups": {"nngp": ()}}
+    manifest = make_manifest(**fields).model_dump(mode="json")
     assert "model" not in manifest
     assert open_kernel(forge(tmp_path, manifest)).manifest.source == source
     with pytest.raises(StoreError, match=words):
