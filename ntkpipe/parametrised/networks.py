@@ -117,8 +117,6 @@ def _finite(
     parametrisation: Parametrisation | None = None,
 ) -> nn.Sequential:
     """A network of these widths, the last of which is the number of outputs."""
-    if parametrisation == "mup" and len(widths) == 1:
-        raise ConfigError("parametrisation='mup' of a network without hidden layers; needed at least one")
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(int(seed))
     maker, sample = _Maker(widths, generator, dtype, parametrisation), torch.zeros(1, *shape, dtype=dtype)
     found = maker.sequence(network.layers, sample)

@@ -133,9 +133,9 @@ def test_biases_may_be_missing_or_start_at_zero(parametrisation) -> None:
         (lambda: mlp(8, (16,), 2, activation="rely"), "did you mean 'relu'"),
         (lambda: cnn((3, 6, 6), (4, 4), 2, padding="valid", filter=5), "Conv does not fit samples of shape"),
         (lambda: cnn((3, 6, 6), (4,), 2, pool=7), "AveragePool does not fit"),
-        (lambda: cnn((3, 6, 6), (4, 4), 2, strides=[2]), "strides has 1 values"),
+        (lambda: cnn((3, 6, 6), (4, 4), 2, strides=[2]), "1 of strides; needed 2"),
         (lambda: cnn((3, 6, 6), (4,), 2, head="mean"), "needed 'flatten' or 'gap'"),
-        (lambda: cnn((3, 6, 6), (), 2, parametrisation="mup"), "without hidden layers"),
+        (lambda: cnn((3, 6, 6), (), 2), "hidden=0"),
     ],
 )
 def test_bad_options_are_refused(make, words) -> None:

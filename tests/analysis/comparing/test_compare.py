@@ -195,7 +195,7 @@ def test_a_finite_network_beside_its_limit_differs_less_as_it_widens(tmp_path: P
         found.append(compare_kernels(store, limit, targets=np.eye(OUTPUTS)[np.arange(12) % OUTPUTS], k=2, ridge=0.1))
     wide = found[-1]
     assert_is_dense(wide, store.train.to_numpy(), np.kron(limit.train.to_numpy(), np.eye(OUTPUTS)), 6, OUTPUTS)
-    assert (wide.outer, wide.kinds) == ("b", ("ntk", "infinite"))
+    assert (wide.outer, wide.kinds) == ("b", ("ntk", limit.manifest.kind))
     # A quarter, give or take a factor of two for a single draw.
     parts = [(one.relative_difference, *one.difference_by_outputs, one.prediction_difference) for one in found]
     assert (np.divide(*parts[::-1]) < 0.5).all()
