@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ntkpipe.base.arguments import checked
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.infinite import convolution, layers
+from ntkpipe.infinite.convolution import as_pair
 from ntkpipe.infinite.convolutional import Convolutional
 from ntkpipe.infinite.networks import FullyConnected, Network
 from ntkpipe.parametrised.layers import Conv2d, Dense, Padding, Pair, Parametrisation, Pointwise, Times
@@ -81,7 +82,7 @@ class _Maker:
             case layers.Residual():
                 return "residual", Skip(nn.Sequential(self.sequence(step.inner, sample)))
             case convolution.AveragePool():
-                return "pool", nn.AvgPool2d(step.window, step.strides)
+                return "pool", nn.AvgPool2d(as_pair(step.window), as_pair(step.strides or step.window))
             case convolution.GlobalAveragePool():
                 return "mean", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
             case layers.Flatten(is_mean=True):
@@ -123,11 +124,6 @@ def _finite(
     if network.enters == "sum":
         found = OrderedDict(inputs=Times(math.sqrt(shape[0])), **found)
     return nn.Sequential(found).eval()
-
-
-def _frozen(values: Any) -> Any:
-    """Lists as tuples, as infinite networks have them."""
-    return tuple(map(_frozen, values)) if isinstance(values, list | tuple) else values
 
 
 @checked
@@ -188,8 +184,7 @@ def mlp(
     ConfigError
         If an option is none of those, or lists do not have one value a layer.
     """
-    options = {"W_std": _frozen(W_std), "b_std": _frozen(b_std), "bias_init": bias_init, "first_layer": first_layer}
-    network = FullyConnected(len(widths), activation, **options)
+    network = FullyConnected(len(widths), activation, W_std, b_std, bias_init, first_layer)
     return _finite(network, (n_in,), [*widths, n_out], seed, dtype, parametrisation)
 
 
@@ -268,12 +263,12 @@ def cnn(
     network = Convolutional(
         len(channels),
         activation,
-        _frozen(W_std),
-        _frozen(b_std),
-        filter=_frozen(filter),
-        strides=_frozen(strides),
+        W_std,
+        b_std,
+        filter=filter,
+        strides=strides,
         padding=padding,
-        pool=_frozen(pool),
+        pool=pool,
         head=head,
         bias_init=bias_init,
         first_layer=first_layer,
