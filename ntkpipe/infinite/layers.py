@@ -17,12 +17,17 @@ from ntkpipe.infinite.state import Kept, State
 Parametrisation = Literal["ntk", "standard"]
 
 
+_CHECKED_ELSEWHERE = {"function", "activation", "kinks", "layers"}  # what an option may not be: functions, negative
+
+
 class Settled:
     """A frozen dataclass whose options are checked by their annotations; lists become tuples."""
 
     def __post_init__(self) -> None:
-        given = {each.name: getattr(self, each.name) for each in fields(self) if each.init}  # type: ignore[arg-type]
-        for name, value in check_options(options_of(self.__class__), given, f"{type(self).__name__}()").items():
+        maker: Any = type(self)
+        options = {name: each for name, each in options_of(maker).items() if name not in _CHECKED_ELSEWHERE}
+        given = {name: getattr(self, name) for name in options}
+        for name, value in check_options(options, given, f"{maker.__name__}()").items():
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
 
 
@@ -122,6 +127,9 @@ class Activation(Layer):
     dual: Dual = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tolerance:
+            raise ConfigError("Activation(): tolerance=0; needed a positive number, since a series ends somewhere")
         object.__setattr__(self, "kinks", tuple(as_real("kinks", self.kinks).tolist()))
         object.__setattr__(self, "dual", dual_of(self.function, self.kinks, self.tolerance, self.name))
 
@@ -258,7 +266,10 @@ def advanced(layers: Sequence[Layer], state: State, seen: Callable[[int], None] 
     kept = []
     for number, (layer, after) in enumerate(zip(layers, _gains(layers), strict=True)):
         state.gain = after
-        kept.append(layer.advance(state))
+        try:
+            kept.append(layer.advance(state))
+        except ConfigError as error:
+            raise ConfigError(f"layer {number + 1} ({layer.prints()}): {error}") from None
         seen(number)
     state.is_ahead = False
     return tuple(kept)

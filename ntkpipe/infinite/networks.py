@@ -118,7 +118,7 @@ class Network(ABC):
         """Counted operations of a pair of samples of a shape."""
         copies = 2 if images.pools_of(self.layers) else 1
         entries = [prod(sizes) ** copies for sizes in self._sizes(shape)]
-        layers = sum(layer.operations(count) for layer, count in zip(self.layers, entries, strict=True))
+        layers: float = 0.0 + sum(layer.operations(count) for layer, count in zip(self.layers, entries, strict=True))
         return 2.0 * shape[0] * entries[0] + layers
 
     def require_time(self, shape: Sequence[int], pairs: float, *, force: bool) -> None:
@@ -275,7 +275,8 @@ class FullyConnected(Settled, Network):
     def layers(self) -> tuple[Layer, ...]:
         """The layers, in order."""
         count, act = self.hidden + 1, self.activation
-        weights, biases = ([*each] if isinstance(each, tuple) else [each] * count for each in (self.W_std, self.b_std))
+        given: tuple[Any, Any] = (self.W_std, self.b_std)
+        weights, biases = ([*each] if isinstance(each, tuple) else [each] * count for each in given)
         last = range(self.hidden if self.trained == "last" else 0, count)
         trained: Collection[int] = last if isinstance(self.trained, str) else self.trained
         act = act if isinstance(act, Activation) else Activation(act)

@@ -20,6 +20,7 @@ TERMS = 128
 _STEP = 0.02  # of the trapezoidal rule; with kinks, panels are 22 times as wide
 _HALVINGS = 4
 _AGREES = 1e-14  # relative difference of a rule and the next finer one
+_STEIN = 1e-10
 _SETTLED = 2e-15  # of a rule that the plane may use
 # Of E σ² − Σ a², relative to E σ²: rounding of sums of 1,409 terms in pairs, and of 128 squares.
 _ROUNDING = 256 * 2.0**-52
@@ -48,8 +49,9 @@ class Series(Dual):
 
     def keep(self, p: FloatArray, gain: float) -> Kept:
         """Of each variance: p, 1 / √p, the step of the plane; E σ², t, coefficients; the same three of σ'."""
-        parts = zip(*map(self._row, p.reshape(-1).tolist()), strict=True)
-        return tuple(np.array(part).reshape(*p.shape, *np.shape(part[0])) for part in parts)
+        values, places = np.unique(p, return_inverse=True)
+        parts = zip(*map(self._row, values.tolist()), strict=True)
+        return tuple(np.array(part)[places.reshape(p.shape)] for part in parts)
 
     def _row(self, p: float) -> tuple[Any, ...]:
         nodes, weights, weighted, step = self._rule(p)
@@ -60,6 +62,14 @@ class Series(Dual):
             square = float((values * values * weights).sum())
             rest = max(square - float((coefficients * coefficients).sum()), 0.0)
             kept += [square, math.sqrt(rest + _ROUNDING * square), coefficients]
+        # E[x σ(√p x)] = √p E[σ'(√p x)] (Stein), but for what a jump adds.
+        gap = abs(kept[5][1] - math.sqrt(p) * kept[8][0])
+        if gap > _STEIN * (math.sqrt(kept[3]) + math.sqrt(p * kept[6])):
+            raise ConfigError(
+                f"activation {self.name!r} at variance {p:.3g}: E[x f(√p x)] and √p E[df(√p x)] differ by {gap:.2g}; "
+                "either has kinks that kinks= does not name, or the second is not the derivative of the first, or the first "
+                "jumps, and then has no tangent kernel"
+            )
         return tuple(kept)
 
     def _rule(self, p: float) -> tuple[FloatArray, FloatArray, FloatArray, float]:
@@ -130,13 +140,11 @@ class Series(Dual):
         same = (state.s == variances[0]) & (state.s == variances[1])
         np.copyto(value, squares[0], where=same)
         np.copyto(slope, slope_squares[0], where=same)
-        np.abs(cosine, out=size)
-        for _ in range(TERMS.bit_length() - 1):
-            size *= size
+        powers(cosine, size)
         missed = np.zeros(same.shape, bool)
         for square, rest in ((squares, rests), (slope_squares, slope_rests)):
             bound = np.multiply(*rest, out=other)
-            bound *= size
+            bound *= size  # on what the series leaves out
             missed |= bound > self.tolerance * np.sqrt(np.multiply(*square))
         for at in zip(*np.nonzero(missed & ~same), strict=True):
             p, q = (float(np.broadcast_to(each, same.shape)[at]) for each in variances)
@@ -160,6 +168,13 @@ class Series(Dual):
         steps = [self._rule(each)[3] for each in (p, q)]
         value, slope = self.in_plane(p, q, min(max(s / scale, -1.0), 1.0) if scale else 0.0, min(steps) / 2)
         return value, slope
+
+
+def powers(c: FloatArray, out: FloatArray) -> None:
+    """|c|^TERMS."""
+    np.abs(c, out=out)
+    for _ in range(TERMS.bit_length() - 1):
+        out *= out
 
 
 def _horner(left: FloatArray, right: FloatArray, c: FloatArray, out: FloatArray, other: FloatArray) -> None:
