@@ -11,9 +11,9 @@ from ntkpipe.infinite.state import Rows, Spare, State, sliced
 
 # BLAS sums entries of products of one shape by one thread in one order, wherever they lie and whichever factor is the
 # left one; other shapes and numbers of threads take other ways, whose last bits differ.
-HEIGHT, WIDTH, DEPTH = 256, 1024, 4096
-SPAN = 2048  # columns of a strip, since loops that broadcast begin anew at each row
-STRIP = 16384  # entries of Σ in a strip: 128 KiB
+HEIGHT, WIDTH, DEPTH = 256, 512, 4096
+SPAN = 4096  # columns of a strip, since loops that broadcast begin anew at each row
+STRIP = 32768  # entries of Σ in a strip: 256 KiB, for which calls of NumPy take a twentieth of the time
 
 
 def product(left: FloatArray, right: FloatArray, out: FloatArray | None = None) -> FloatArray:
@@ -47,15 +47,21 @@ def own_state(layers: Sequence[Layer], samples: FloatArray, scale: float) -> Sta
     """Σ of samples with themselves before the first layer, with the bits that pairs have."""
     if samples.ndim > 2:
         return images.start(samples, samples, images.pools_of(layers), scale)
-    s = np.concatenate([product(samples[run], samples[run]).diagonal() for run in runs(len(samples), HEIGHT)]) * scale
-    return State(s, np.zeros_like(s), is_own=True, fan_in=samples.shape[-1])
+    s = np.concatenate([product(samples[run], samples[run]).diagonal() for run in runs(len(samples), HEIGHT)])
+    s = s * (scale * layers[0].gain)
+    return State(s, np.zeros_like(s), is_own=True, fan_in=samples.shape[-1], is_ahead=layers[0].gain != 1.0)
 
 
-def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, *, scale: float, into: FloatArray) -> None:
-    """Compute both kernels of samples into (2, n, m)."""
+def fill(
+    layers: Sequence[Layer], rows: Rows, columns: Rows, *, scale: float, into: FloatArray, mirror: FloatArray | None
+) -> None:
+    """Compute both kernels of samples into (2, n, m), and their transposes into a mirror, while they are in cache."""
     if rows.samples.ndim > 2:
         images.fill(layers, rows, columns, scale=scale, into=into)
+        if mirror is not None:
+            mirror[...] = into.swapaxes(1, 2)
         return
+    factor, is_ahead, fan_in = scale * layers[0].gain, layers[0].gain != 1.0, rows.samples.shape[1]
     spare, base, block = Spare(), Spare(), np.empty((min(len(rows), HEIGHT), min(len(columns), SPAN)))
     for at in runs(len(rows), HEIGHT):
         left = rows[at]
@@ -65,8 +71,10 @@ def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, *, scale: float, in
             s = product(left.samples, right.samples, block[: len(left), : len(right)])
             for run, kept in strips:
                 covariance, theta = base.arrays(2, s[run].shape)
-                state = State(covariance, theta, is_own=False, fan_in=rows.samples.shape[1], spare=spare)
-                np.multiply(s[run], scale, out=covariance)
+                state = State(covariance, theta, is_own=False, fan_in=fan_in, is_ahead=is_ahead, spare=spare)
+                np.multiply(s[run], factor, out=covariance)
                 theta.fill(0.0)
                 through(layers, state, kept, right.kept)
                 found[0, run], found[1, run] = state.s, state.theta
+            if mirror is not None:
+                mirror[:, across, at] = found.swapaxes(1, 2)

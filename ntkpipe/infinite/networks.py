@@ -92,9 +92,8 @@ class Network(ABC):
             first = run.start if is_symmetric else 0
             left, right = rows[run], columns[first:]
             is_last = is_symmetric and run.stop == len(rows)
-            fill(layers, left, left if is_last else right, scale=scale, into=into[:, run, first:])
-            if is_symmetric:
-                into[:, run.stop :, run] = into[:, run, run.stop :].swapaxes(1, 2)
+            mirror = into[:, first:, run] if is_symmetric and not is_last else None
+            fill(layers, left, left if is_last else right, scale=scale, into=into[:, run, first:], mirror=mirror)
 
         if pool is None:
             with single_threaded_blas():
