@@ -117,7 +117,7 @@ class Network(ABC):
     def operations(self, shape: Sequence[int]) -> float:
         """Counted operations of a pair of samples of a shape."""
         copies = 2 if images.pools_of(self.layers) else 1
-        entries = [prod(sizes) ** copies for sizes in self._sizes(shape)]
+        entries: list[int] = [prod(sizes) ** copies for sizes in self._sizes(shape)]
         layers = sum(layer.operations(count) for layer, count in zip(self.layers, entries, strict=True))
         return 2.0 * shape[0] * entries[0] + layers
 
