@@ -3,34 +3,36 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 
 from ntkpipe.base.errors import ConfigError
-from ntkpipe.base.given import plain_value
 from ntkpipe.infinite.images import Images
 from ntkpipe.infinite.layers import Dense, Layer
-from ntkpipe.infinite.pixels import PADDINGS, Axis, Padding, axis_of, pool_sum, total_sum, window_sum
+from ntkpipe.infinite.pixels import Axis, Padding, axis_of, pool_sum, total_sum, window_sum
 from ntkpipe.infinite.state import Kept, State
 
-Pair = int | tuple[int, int]
+Pair = int | Sequence[int]  # one number for height and width, or both
 
 
-def as_pair(value: Pair) -> tuple[int, int]:
-    """One number for height and width, or both."""
-    return value if isinstance(value, tuple) else (value, value)
+def as_pair(value: Pair, name: str = "") -> tuple[int, int]:
+    """Numbers for height and width."""
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(pair) != 2:
+        raise ConfigError(f"{name}={value}; needed one number, or two of height and width")
+    return pair[0], pair[1]
+
+
+def settle_padding(options: Any) -> None:
+    """No zeros are valid padding."""
+    if options.padding == 0 and options.padding is not False:
+        object.__setattr__(options, "padding", "valid")
 
 
 def _settle_pairs(layer: Layer, *names: str) -> None:
-    """Make options of a layer pairs of positive integers, or raise ConfigError."""
     for name in names:
-        given = plain_value(getattr(layer, name))
-        pair = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given, given)
-        if len(pair) != 2 or not all(isinstance(one, int) and not isinstance(one, bool) and one >= 1 for one in pair):
-            raise ConfigError(
-                f"{layer.prints()}: {name}={given!r}; needed an integer from 1 on, or one for height and width"
-            )
-        object.__setattr__(layer, name, pair)
+        object.__setattr__(layer, name, as_pair(getattr(layer, name), f"{layer.prints()}(): {name}"))
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,9 @@ class Conv(Dense):
     padding: Padding = "same"
 
     def __post_init__(self) -> None:
+        settle_padding(self)
+        super().__post_init__()
         _settle_pairs(self, "filter", "strides")
-        is_number = isinstance(self.padding, int) and not isinstance(self.padding, bool) and self.padding >= 0
-        if not (is_number or self.padding in PADDINGS):
-            names = ", ".join(map(repr, PADDINGS))
-            raise ConfigError(f"Conv: padding={self.padding!r}; needed {names}, or a number of zeros on either side")
 
     def apply(self, state: State, left: Kept, right: Kept) -> None:
         """See :meth:`Layer.apply`; Σ̇ was multiplied in before, by the activation."""
@@ -87,6 +87,7 @@ class AveragePool(Layer):
     strides: Pair | None = None  # default the window
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.strides is None:
             object.__setattr__(self, "strides", self.window)
         _settle_pairs(self, "window", "strides")

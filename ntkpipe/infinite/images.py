@@ -38,11 +38,10 @@ class Images(State):
 
     def spread(self, left: FloatArray, right: FloatArray) -> tuple[FloatArray, FloatArray]:
         """See :meth:`State.spread`; what was kept begins with the pairs."""
-        pixels = min(self.copies, 1) * 2
-        first, second = (np.moveaxis(each, 0, pixels) for each in (left, right))
-        if self.copies < 2:
-            return first, second
-        return first[:, :, None, None], second[None, None]
+        if self.copies == 0:
+            return left, right
+        first, second = (each.transpose(1, 2, 0, *range(3, each.ndim)) for each in (left, right))
+        return (first, second) if self.copies == 1 else (first[:, :, None, None], second[None, None])
 
     def strips(self, left: Kept, right: Kept) -> Iterator[tuple[State, Kept, Kept]]:
         """See :meth:`State.strips`: some rows of pixels at a time."""
@@ -107,7 +106,16 @@ def pools_of(layers: Sequence[Layer]) -> int:
 
 def pairs_at_once(layers: Sequence[Layer], samples: FloatArray) -> int:
     """Pairs of images (n, H, W, C) that are computed together."""
-    return max(1, _ENTRIES // prod(samples.shape[1:-1]) ** (2 if pools_of(layers) else 1))
+    return max(1, _ENTRIES // _entries(layers, samples.shape[1:-1]))
+
+
+def scratch_bytes(layers: Sequence[Layer], shape: Sequence[int]) -> int:
+    """Bytes of Σ, Θ, and four arrays of their size: sums over windows, products of channels, copies for a residual."""
+    return 6 * 8 * max(_ENTRIES, _entries(layers, shape[1:]))
+
+
+def _entries(layers: Sequence[Layer], sizes: Sequence[int]) -> int:
+    return prod(sizes) ** (2 if pools_of(layers) else 1)
 
 
 def fill(layers: Sequence[Layer], rows: Rows, columns: Rows, *, scale: float, into: FloatArray) -> None:

@@ -89,7 +89,7 @@ class Dense(Layer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.W_std:
-            raise ConfigError("Dense(): W_std=0; needed a positive number")
+            raise ConfigError(f"{self.prints()}(): W_std=0; needed a positive number")
 
     @property
     def gain(self) -> float:

@@ -63,7 +63,7 @@ class Network(ABC):
         return f"layer {number + 1} of {len(self.layers)} ({self.layers[number].prints()})"
 
     @single_threaded_blas()
-    def prepare(self, samples: NDArray[Any]) -> Rows:
+    def prepare(self, samples: object) -> Rows:
         """Check samples, and find their own covariances after each layer."""
         values = self._entered(samples)
         self._sizes((values.shape[-1], *values.shape[1:-1]))
@@ -84,6 +84,9 @@ class Network(ABC):
 
     def fill(self, rows: Rows, columns: Rows, into: FloatArray, pool: Pool | None = None) -> None:
         """The same, into an array (2, n, m), by threads where a pool is given."""
+        if rows.samples.shape[1:] != columns.samples.shape[1:]:
+            shapes = (each.samples[0].T.shape for each in (rows, columns))
+            raise DataError("samples of shapes {} and {}; needed equal ones".format(*shapes))
         layers, scale, is_symmetric = self.layers, self.scale(rows.samples.shape[-1]), rows is columns
         height = HEIGHT if rows.samples.ndim == 2 else -(-len(rows) // (_PARTS * pool.num_threads if pool else 1))
 
@@ -117,8 +120,8 @@ class Network(ABC):
     def operations(self, shape: Sequence[int]) -> float:
         """Counted operations of a pair of samples of a shape."""
         copies = 2 if images.pools_of(self.layers) else 1
-        entries = [prod(sizes) ** copies for sizes in self._sizes(shape)]
-        layers: float = 0.0 + sum(layer.operations(count) for layer, count in zip(self.layers, entries, strict=True))
+        entries: list[int] = [prod(sizes) ** copies for sizes in self._sizes(shape)]
+        layers = sum(layer.operations(count) for layer, count in zip(self.layers, entries, strict=True))
         return 2.0 * shape[0] * entries[0] + layers
 
     def require_time(self, shape: Sequence[int], pairs: float, *, force: bool) -> None:
@@ -141,7 +144,11 @@ class Network(ABC):
         rows = self.prepare(np.ones((1, *shape)))
         return rows.samples.nbytes + size_of(rows.kept) + 16
 
-    def _entered(self, samples: NDArray[Any]) -> FloatArray:
+    def scratch_bytes(self, shape: Sequence[int]) -> int:
+        """Bytes of what a thread computes with beside rows and tiles, about."""
+        return images.scratch_bytes(self.layers, shape) if len(shape) > 1 else 12 * 2**20
+
+    def _entered(self, samples: object) -> FloatArray:
         """Inputs in float64, pixels before channels."""
         values = as_real("inputs", samples).astype(np.float64)
         if values.ndim not in (2, 4) or not values.size:
@@ -159,7 +166,7 @@ class Network(ABC):
             if bad.any():
                 sample = first + int(np.argmax(bad))
                 raise ConfigError(
-                    f"{self._named(number)}: the {name} of sample {sample} with itself "
+                    f"{self._named(number + state.is_ahead)}: the {name} of sample {sample} with itself "
                     "leaves the range of float64; give smaller W_std, b_std or inputs, or fewer layers"
                 )
 
@@ -271,8 +278,7 @@ class FullyConnected(Settled, Network):
     def layers(self) -> tuple[Layer, ...]:
         """The layers, in order."""
         count, act = self.hidden + 1, self.activation
-        given: tuple[Any, Any] = (self.W_std, self.b_std)
-        weights, biases = ([*each] if isinstance(each, tuple) else [each] * count for each in given)
+        weights, biases = ([*each] if isinstance(each, tuple) else [each] * count for each in (self.W_std, self.b_std))
         last = range(self.hidden if self.trained == "last" else 0, count)
         trained: Collection[int] = last if isinstance(self.trained, str) else self.trained
         act = act if isinstance(act, Activation) else Activation(act)

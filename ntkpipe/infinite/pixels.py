@@ -7,6 +7,7 @@ the pairs (a, a) alone, (height, width, B). Samples come last: slices are long. 
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, product
+from typing import Literal
 
 import numpy as np
 
@@ -14,8 +15,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.infinite.state import Spare
 
-PADDINGS = ("same", "valid", "circular")
-Padding = int | str  # one of these, or a number of zeros on either side
+Padding = Literal["same", "valid", "circular"] | int  # zeros, as in TensorFlow and JAX; around; zeros on either side
 Run = tuple[slice, slice]  # outputs, and the inputs that they read
 
 

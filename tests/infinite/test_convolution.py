@@ -48,7 +48,16 @@ NETWORKS: dict[str, list[Layer]] = {
     "around, with steps": [conv(padding="circular", strides=2), RELU, conv(padding="circular"), RELU, Flatten(), LAST],
     "valid": [conv(padding="valid"), RELU, conv(padding="valid", filter=2), RELU, GlobalAveragePool(), LAST],
     "pools between": [conv(), RELU, AveragePool(2), conv(), RELU, AveragePool((2, 1)), Flatten(), LAST],
-    "pools that overlap": [conv(), RELU, AveragePool(2, 1), conv(bias_init=0.0), GELU, GlobalAveragePool(), RELU, LAST],
+    "pools that overlap": [
+        conv(padding="valid"),
+        RELU,
+        AveragePool(2, 1),
+        conv(bias_init=0.0),
+        GELU,
+        GlobalAveragePool(),
+        RELU,
+        LAST,
+    ],
     "residual": [conv(), Residual(RELU, conv()), Residual(LayerNorm(), GELU, conv(filter=1)), RELU, Flatten(), LAST],
     "normalised": [
         conv(),
@@ -61,6 +70,7 @@ NETWORKS: dict[str, list[Layer]] = {
         GlobalAveragePool(),
         LAST,
     ],
+    "series": [conv(filter=(4, 3), padding="valid"), Activation("tanh"), AveragePool(2), Flatten(), LAST],
     "dense on pixels": [Dense(1.2, 0.2), RELU, conv(trained=False), RELU, Flatten(is_mean=False), LAST, RELU, LAST],
     "standard": [
         conv(parametrisation="standard", width=8, strides=2),
@@ -96,6 +106,8 @@ def test_bits_depend_on_two_images_alone(name: str, monkeypatch: pytest.MonkeyPa
     assert_array_equal(whole, whole.swapaxes(1, 2))
     assert_array_equal(whole[:, 7], whole[:, 2])
     assert_array_equal(np.stack(net.diagonal(rows)), np.diagonal(whole, axis1=1, axis2=2))
+    assert_array_equal(infinite_kernel_matrix(net, values), whole)
+    assert_array_equal(infinite_kernel_matrix(net, values[:2], values), whole[:, :2])
     draw = np.random.default_rng(0)
     for entries, strip in ((1, 1), (1 << 11, 1 << 7), (1 << 12, 1 << 13)):
         monkeypatch.setattr(images, "_ENTRIES", entries)

@@ -1,6 +1,7 @@
 """Convolutional networks: values of neural-tangents, the program of Arora et al., cases that are dense networks."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,24 +159,31 @@ def test_options_are_alike_however_they_are_given() -> None:
     assert net.layers == same.layers
     assert net.canonical() == same.canonical()
     assert json.loads(json.dumps(net.canonical()))["layers"][2]["strides"] == [2, 2]
+    assert Convolutional.arora(2) == Convolutional(hidden=2, preset="arora", head="gap")
+    assert Convolutional(padding=0).layers == Convolutional(padding="valid").layers
     assert hash(Convolutional(hidden=2, W_std=[1.0, 2.0, 3.0])) == hash(Convolutional(hidden=2, W_std=(1.0, 2.0, 3.0)))
 
 
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        ({"hidden": 2, "W_std": (1.0, 2.0)}, "W_std has 2 values; needed one, or 3"),
-        ({"hidden": 2, "strides": (1, 1, 1)}, "strides has 3 values; needed one, or 2"),
+        ({"hidden": 2, "W_std": (1.0, 2.0)}, "2 of W_std; needed 3 for hidden=2"),
+        ({"hidden": 2, "strides": (1, 1, 1)}, "3 of strides; needed 2 for hidden=2"),
+        ({"pool": (2, 2)}, "2 of pool; needed 1 for hidden=1"),
         ({"head": "mean"}, "head='mean'; needed 'flatten' or 'gap'"),
-        ({"padding": "reflect"}, "padding='reflect'; needed 'same', 'valid', 'circular', or a number"),
+        ({"padding": "reflect"}, "padding='reflect'; needed 'same', 'valid' or 'circular' or an integer"),
+        ({"padding": -1}, "padding=-1; needed an integer from 1"),
         ({"filter": 0}, "filter=0; needed an integer from 1 on"),
+        ({"filter": (3, 3, 3)}, "filter=(3, 3, 3); needed one number, or two"),
         ({"strides": 1.5}, "strides=1.5; needed an integer"),
-        ({"pool": (2, 2)}, "pool has 2 values; needed one, or 1"),
+        ({"W_std": "2"}, "W_std='2'; needed a number"),
+        ({"hidden": 0}, "hidden=0; needed an integer from 1 on"),
+        ({"trained": {5}}, "trained={5}; needed numbers from 0 to 1"),
         ({"parametrisation": "standard"}, "needs channels="),
         ({"preset": "arora", "W_std": 2.0}, "preset='arora' decides W_std"),
         ({"preset": "lee"}, "preset='lee'; needed 'arora'"),
     ],
 )
 def test_options_that_are_wrong_are_named(options: dict[str, Any], found: str) -> None:
-    with pytest.raises(ConfigError, match=found.replace("(", r"\(")):
+    with pytest.raises(ConfigError, match=re.escape(found)):
         Convolutional(**options)

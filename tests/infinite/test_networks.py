@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import ntkpipe
+from ntkpipe.base.errors import ConfigError, DataError
 from ntkpipe.infinite import Activation, Dense, FullyConnected, LayerNorm, Residual, Sequential
 
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -100,3 +101,171 @@ def test_the_preset_is_scikit_ntk(key):
     error = distance(net, ntkpipe.infinite_kernel_matrix(net, rows, columns), SCIKIT[key], rows, columns)[1]
     # scikit-ntk takes the angle of a sample with itself from a rounded cosine.
     assert (error <= np.where(are_parallel(rows, columns), 1e-7, 1e-10)).all()
+
+
+@pytest.mark.parametrize("hidden", [1, 2, 5, 50])
+def test_relu_without_biases_has_a_known_diagonal(hidden):
+    """Θ(x, x) = (h + 1) / 2^h · |x|² / n₀ · W^(2h + 2), and no entry is above it."""
+    x, weight = INPUTS["normal"][:6], 1.3
+    found = ntkpipe.infinite_kernel_matrix(FullyConnected(hidden, "relu", weight), x)
+    norms = np.sum(x * x, axis=1) / 8.0
+    np.testing.assert_allclose(found[0].diagonal(), norms * weight ** (2 * hidden + 2) / 2.0**hidden, rtol=1e-13)
+    np.testing.assert_allclose(found[1].diagonal(), (hidden + 1) * found[0].diagonal(), rtol=1e-13)
+    assert np.linalg.eigvalsh(found[1])[0] >= -1e-14 * np.trace(found[1])
+
+
+NETS = [
+    FullyConnected.jacot(2, 0.3),
+    FullyConnected.lee(3),
+    FullyConnected.arora(2),
+    FullyConnected.scikit_ntk(2, 0.5),
+    FullyConnected(2, "gelu", (1.0, 1.4, 0.7), (0.1, None, 0.5), parametrisation="standard", widths=(32, 8)),
+    FullyConnected(2, "tanh", 1.2, 0.3, bias_init=0.4, trained={0, 2}),
+    Sequential([Dense(1.2, 0.2), LayerNorm(1e-3), Residual(Activation("sin"), Dense(0.7, 0.1)), Activation("cos")]),
+]
+
+
+@pytest.mark.parametrize("net", NETS, ids=range(len(NETS)))
+def test_the_slow_path_agrees(net):
+    rows = net.prepare(INPUTS["normal"][:4])
+    found = net.tile(rows, rows)
+    for i, j in ((0, 0), (0, 1), (2, 3)):
+        expected = net.slow(INPUTS["normal"][i], INPUTS["normal"][j])
+        sizes = [np.sqrt(each[i, i] * each[j, j]) for each in found]
+        assert abs(found[0][i, j] - expected[0]) <= 1e-12 * sizes[0]
+        assert abs(found[1][i, j] - expected[1]) <= 1e-12 * sizes[1]
+
+
+@pytest.mark.parametrize("net", NETS, ids=range(len(NETS)))
+def test_rotated_samples_have_the_same_kernels(net):
+    x = INPUTS["normal"][:5]
+    turned = x @ np.linalg.qr(np.random.default_rng(0).standard_normal((8, 8)))[0]
+    found, expected = (ntkpipe.infinite_kernel_matrix(net, each) for each in (turned, x))
+    sizes = np.sqrt(np.diagonal(expected, axis1=1, axis2=2))
+    away = ~np.eye(5, dtype=bool)
+    assert (np.abs(found - expected) <= 1e-12 * sizes[:, :, None] * sizes[:, None])[:, away].all()
+
+
+def test_the_standard_parametrisation_is_the_other_one_by_groups_of_parameters():
+    """A layer's weights count n / W² times, its biases 1 / b²."""
+    widths, weight, bias, x = (16, 4), 1.4, 0.3, INPUTS["normal"][:5]
+    standard = FullyConnected(2, "erf", weight, bias, parametrisation="standard", widths=widths)
+    total = 0.0
+    for at, fan_in in enumerate((8, *widths)):
+        # Of weights alone: all of the layer's, without its biases, which start at the same values.
+        both = FullyConnected(2, "erf", weight, bias, trained={at})
+        no_bias = ntkpipe.infinite_kernel_matrix(both, x)[1]
+        biases = ntkpipe.infinite_kernel_matrix(_only_biases(both, at), x)[1]
+        total = total + (no_bias - biases) * fan_in / weight**2 + biases / bias**2
+    np.testing.assert_allclose(ntkpipe.infinite_kernel_matrix(standard, x)[1], total, rtol=1e-12)
+
+
+def _only_biases(net, at):
+    """The network whose Θ is that of the biases of one layer."""
+    layers = list(net.layers)
+    dense = layers[2 * at]
+    layers[2 * at] = _Biases(dense.W_std, dense.b_std, dense.bias_init)
+    return Sequential(layers)
+
+
+class _Biases(Dense):
+    """A dense layer whose weights are not trained."""
+
+    def apply(self, state, left, right):
+        trained = Dense(self.W_std, self.b_std, self.bias_init, trained=False)
+        trained.apply(state, left, right)
+        state.theta += self.b_std**2
+
+
+def test_equal_options_make_equal_networks():
+    one, other = (
+        FullyConnected(2, "relu", weights, None, trained=trained)
+        for weights, trained in (([1, 1, 1], {1}), ((1.0,) * 3, [1]))
+    )
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one.canonical() == Sequential(one.layers).canonical() != FullyConnected(2, "relu").canonical()
+    assert json.loads(json.dumps(one.canonical())) == one.canonical()
+    named = Activation((np.tanh, lambda x: 1 - np.tanh(x) ** 2), name="mine")
+    assert "mine" in json.dumps(FullyConnected(1, named).canonical())
+    with pytest.raises(ConfigError, match="without a name"):
+        FullyConnected(1, (np.tanh, lambda x: 1 - np.tanh(x) ** 2)).canonical()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"activation": "rleu"}, "did you mean 'relu'"),
+        ({"activation": "relu:0.1"}, "leaky_relu:0.1"),
+        ({"activation": "leaky_relu:x"}, "leaky_relu:0.1"),
+        ({"activation": np.tanh}, r"functions \(f, df\)"),
+        ({"hidden": 0}, "hidden=0"),
+        ({"hidden": 2, "W_std": (1.0, 1.0)}, "2 of W_std; needed 3"),
+        ({"hidden": 2, "b_std": (0.1,)}, "1 of b_std; needed 3"),
+        ({"W_std": 0.0}, "needed a positive number"),
+        ({"W_std": -1.0}, "W_std=-1.0"),
+        ({"W_std": "1"}, "W_std='1'"),
+        ({"W_std": float("nan")}, "W_std=nan"),
+        ({"b_std": 1j}, "b_std"),
+        ({"parametrisation": "standard"}, "needs widths="),
+        ({"parametrisation": "mup"}, "'ntk' or 'standard'"),
+        ({"hidden": 2, "widths": (5,)}, "1 of widths; needed 2"),
+        ({"first_layer": "max"}, "'mean' or 'sum'"),
+        ({"trained": {2}}, "numbers from 0 to 1"),
+        ({"trained": "first"}, "trained='first'"),
+    ],
+)
+def test_options_that_are_wrong_are_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        FullyConnected(**options)
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (np.ones(3), "needed .n, features."),
+        (np.ones((0, 3)), "needed .n, features."),
+        (np.ones((2, 1, 4, 4)), "ends with pixels"),
+        (np.array([[1.0], [np.nan]]), "sample 1 holds NaN"),
+        (np.ones((2, 2)) * 1j, "real numbers"),
+        (np.array([["a"]]), "real numbers"),
+        ([[1.0], [1.0, 2.0]], "x: a list that NumPy does not take"),
+    ],
+)
+def test_samples_that_are_wrong_are_refused(x, words):
+    with pytest.raises((ConfigError, DataError), match=words):
+        ntkpipe.infinite_kernel_matrix(FullyConnected(), x)
+
+
+def test_samples_of_other_sizes_are_refused():
+    with pytest.raises(DataError, match=r"\(3,\) and \(2,\)"):
+        ntkpipe.infinite_kernel_matrix(FullyConnected(), np.ones((2, 3)), np.ones((2, 2)))
+
+
+def test_overflow_names_the_layer_and_the_sample():
+    x = np.ones((3, 2))
+    x[2] = 1e10
+    with pytest.raises(ConfigError, match=r"layer 29 of 61 \(Dense\): the covariance of sample 2"):
+        ntkpipe.infinite_kernel_matrix(FullyConnected(30, "relu", 1e10), x)
+
+
+def test_undeclared_kinks_are_refused_with_the_layer():
+    net = FullyConnected(2, (np.abs, np.sign))
+    with pytest.raises(ConfigError, match=r"layer 2 \(Activation\).*kinks=\(0.0,\)"):
+        ntkpipe.infinite_kernel_matrix(net, INPUTS["normal"])
+
+
+def test_what_does_not_fit_the_memory_is_refused():
+    with pytest.raises(ntkpipe.NtkpipeError, match="use compute_infinite_kernel"):
+        ntkpipe.infinite_kernel_matrix(FullyConnected(), np.ones((300_000, 1)))
+
+
+def test_samples_of_integers_and_of_zeros_are_samples():
+    x = np.array([[0, 0], [1, 2]])
+    for bias in (None, 0.5):
+        found = ntkpipe.infinite_kernel_matrix(FullyConnected(2, "relu", 1.0, bias), x)
+        assert np.isfinite(found).all()
+        assert np.array_equal(
+            found, ntkpipe.infinite_kernel_matrix(FullyConnected(2, "relu", 1.0, bias), x.astype(float))
+        )
+        assert (found[:, 0] == 0.0).all() == (bias is None)

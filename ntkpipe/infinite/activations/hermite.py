@@ -67,8 +67,8 @@ class Series(Dual):
         if gap > _STEIN * (math.sqrt(kept[3]) + math.sqrt(p * kept[6])):
             raise ConfigError(
                 f"activation {self.name!r} at variance {p:.3g}: E[x f(√p x)] and √p E[df(√p x)] differ by {gap:.2g}; "
-                "either has kinks that kinks= does not name, or the second is not the derivative of the first, or the first "
-                "jumps, and then has no tangent kernel"
+                "either has kinks that kinks= does not name, or the second is not the derivative of the first, or the "
+                "first jumps, and then has no tangent kernel"
             )
         return tuple(kept)
 
