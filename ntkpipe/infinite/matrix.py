@@ -65,8 +65,8 @@ def infinite_kernel_matrix(
     >>> import numpy as np, ntkpipe
     >>> net = ntkpipe.infinite.FullyConnected(hidden=2, activation="relu", W_std=2**0.5)
     >>> ntkpipe.infinite_kernel_matrix(net, np.eye(2)).round(4)[1]
-    array([[1.5   , 0.4023],
-           [0.4023, 1.5   ]])
+    array([[3.    , 0.6857],
+           [0.6857, 3.    ]])
     """
     samples, others = as_array("x", x), None if other is None else as_array("other", other)
     if samples.ndim == 4:
