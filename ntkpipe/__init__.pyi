@@ -1,5 +1,7 @@
 """The public names and their modules, for type checkers and for `lazy_loader`, which imports each on first use."""
 
+from . import infinite as infinite
+from . import parametrised as parametrised
 from .analysis.alignment import alignment as alignment
 from .analysis.comparing.compare import compare_kernels as compare_kernels
 from .analysis.eigenlearning import learning_curve as learning_curve
@@ -13,8 +15,11 @@ from .build.compute import repair as repair
 from .build.compute import verify as verify
 from .build.derive import derive_kernel as derive_kernel
 from .build.estimate import estimate_cluster as estimate_cluster
+from .build.from_formula import compute_infinite_kernel as compute_infinite_kernel
+from .build.from_formula import plan_infinite_kernel as plan_infinite_kernel
 from .build.in_memory import jacobian_operator as jacobian_operator
 from .build.in_memory import kernel_matrix as kernel_matrix
+from .infinite.matrix import infinite_kernel_matrix as infinite_kernel_matrix
 from .learning.dynamics import dynamics as dynamics
 from .learning.gaussian.calibration import calibration as calibration
 from .learning.gaussian.influence import influence as influence

@@ -101,9 +101,10 @@ def plan(workflow: Path, overrides: tuple[str, ...], grow: bool, as_json: bool, 
         print_rows("plan" if estimate is None else "plan for this machine", planned.rows())
         if estimate is not None:
             print_rows("estimate for the described cluster", estimate.rows())
-        table = reports.list_reports(found) if by_parameter else reports.summarize_reports(found)
-        print_table(f"Jacobians ({table.title})", table.columns, table.rows, num_texts=table.num_texts)
-        print_rows("held as", reports.explain_reports(found))
+        if found:
+            table = reports.list_reports(found) if by_parameter else reports.summarize_reports(found)
+            print_table(f"Jacobians ({table.title})", table.columns, table.rows, num_texts=table.num_texts)
+            print_rows("held as", reports.explain_reports(found))
         if reasons := reports.fallback_reasons(found):
             print_rows("in the fallback", reasons)
     # Whoever describes a cluster asks about that one.

@@ -11,14 +11,16 @@ from torch import nn
 from ntkpipe.analysis.summary import Summary, summarize
 from ntkpipe.app.commands import client_of
 from ntkpipe.base.arguments import check_options, options_of, require_known
-from ntkpipe.base.config import Budget, RunSpec, StepSpec, Workflow, load_workflow
+from ntkpipe.base.config import Budget, ModelSpec, RunSpec, StepSpec, Workflow, load_workflow
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.imports import call_factory, import_object
 from ntkpipe.base.progress import note_if_slow
 from ntkpipe.base.resources import format_bytes, format_seconds
 from ntkpipe.base.tables import TableRows
 from ntkpipe.build.compute import PlannedKernel, compute_kernel, plan_kernel, repair, verify
+from ntkpipe.build.from_formula import compute_infinite_kernel, plan_infinite_kernel
 from ntkpipe.build.mend import RepairReport
+from ntkpipe.infinite.networks import Network
 from ntkpipe.jacobian.model.checkpoints import load_checkpoint
 from ntkpipe.jacobian.model.device import count_gpus
 from ntkpipe.jacobian.model.functional import Forward
@@ -46,7 +48,7 @@ class Loaded:
     """A workflow file with its model and data in memory."""
 
     workflow: Workflow  # the validated file
-    model: nn.Module  # model, forward: the model with its checkpoint, and what picks its output
+    model: nn.Module | Network  # model, forward: the model with its checkpoint, and what picks its output
     forward: Forward
     data: Mapping[str, Any]  # `inputs` and optionally `targets`, `test_inputs`, `test_targets`
     folder: Path  # of the workflow file
@@ -75,18 +77,26 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
             f"data.factory {workflow.data.factory} returned {found}; needed a mapping with 'inputs' and, if there are "
             "any, 'targets', 'test_inputs', 'test_targets'"
         )
-    with note_if_slow(f"model.factory {workflow.model.factory} is at work"):
-        model = call_factory(workflow.model.factory, workflow.model.arguments, folder)
+    model, forward = _model_of(workflow.model, folder)
+    return Loaded(workflow, model, forward, data, folder)
+
+
+def _model_of(spec: ModelSpec, folder: Path) -> tuple[nn.Module | Network, Forward]:
+    with note_if_slow(f"model.factory {spec.factory} is at work"):
+        model = call_factory(spec.factory, spec.arguments, folder)
+    if isinstance(model, Network) and spec.checkpoint is None and spec.forward is None:
+        return model, None
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"model.factory {workflow.model.factory} returned {type(model).__name__}; needed a torch.nn.Module"
+            f"model.factory {spec.factory} returned {type(model).__name__}; needed a torch.nn.Module, or of "
+            "ntkpipe.infinite a network without checkpoint and forward"
         )
-    if workflow.model.checkpoint is not None:
-        load_checkpoint(model, folder / workflow.model.checkpoint)
-    forward: Forward = workflow.model.forward
+    if spec.checkpoint is not None:
+        load_checkpoint(model, folder / spec.checkpoint)
+    forward: Forward = spec.forward
     if isinstance(forward, str) and ":" in forward:
         forward = import_object(forward, folder)
-    return Loaded(workflow, model, forward, data, folder)
+    return model, forward
 
 
 def run(
@@ -98,7 +108,8 @@ def run(
         options = {**_arguments(loaded), "mode": mode, "grow": grow, "client": client, "code": loaded.folder}
         if workflow.run.scheduler == "local":
             options["memory_limit"] = None  # that of the workers, which say how much they have
-        store = compute_kernel(**options, progress=progress)
+        compute = compute_infinite_kernel if isinstance(loaded.model, Network) else compute_kernel
+        store = compute(**options, progress=progress)
         yield StepResult("kernel", kernel_rows(store), is_good=True)
         for step in workflow.steps:
             yield _done(step, loaded, store, {"progress": progress, "client": client})
@@ -110,13 +121,21 @@ def _client_of(run: RunSpec) -> AbstractContextManager["Client | None"]:
 
 def plan(loaded: Loaded, *, grow: bool = False) -> PlannedKernel:
     """Plan the kernel of a workflow; see :func:`ntkpipe.plan_kernel`."""
+    if isinstance(loaded.model, Network):
+        return PlannedKernel(plan_infinite_kernel(**_arguments(loaded), grow=grow), ())
     return plan_kernel(**_arguments(loaded), grow=grow)
 
 
 def _arguments(loaded: Loaded) -> dict[str, Any]:
     """What a workflow asks for, as arguments of :func:`ntkpipe.compute_kernel`."""
     workflow = loaded.workflow
-    specs = {**workflow.kernel.model_dump(), **workflow.run.model_dump(exclude={"scheduler"})}
+    kernel, run = workflow.kernel, workflow.run
+    if isinstance(loaded.model, Network):
+        known, ours = ("tile", "store_dtype"), {"memory_limit", "workers", "force"}
+        require_known(kernel.model_fields_set, known, "kernel of a network of infinite width", "key")
+        specs = {**kernel.model_dump(include={*known}), **run.model_dump(include=ours)}
+        return {"net": loaded.model, "store": workflow.store, **loaded.data, **specs}
+    specs = {**kernel.model_dump(), **run.model_dump(exclude={"scheduler", "force"})}
     return {"model": loaded.model, "forward": loaded.forward, "store": workflow.store, **loaded.data, **specs}
 
 
@@ -132,7 +151,7 @@ def verify_store(
 def repair_store(loaded: Loaded, store: KernelStore, *, progress: bool = True) -> RepairReport:
     """Repair a store with the model and samples of a workflow; see :func:`ntkpipe.repair`."""
     run = loaded.workflow.run
-    options: Any = {**loaded.data, **run.model_dump(exclude={"scheduler"}), "forward": loaded.forward}
+    options: Any = {**loaded.data, **run.model_dump(exclude={"scheduler", "force"}), "forward": loaded.forward}
     with _client_of(run) as client:
         return repair(store, loaded.model, client=client, code=loaded.folder, progress=progress, **options)
 
@@ -150,7 +169,7 @@ def kernel_rows(store: KernelStore) -> TableRows:
     size += f"; {format_bytes(progress.bytes_done)} in {progress.tiles_done} tiles of {manifest.store_dtype}"
     rows = [
         ("store", str(store.path)),
-        ("kernel", f"{manifest.kind} of {manifest.model.name}, {manifest.model.num_parameters:,} parameters"),
+        ("kernel", f"{manifest.kind} of {manifest.maker}"),
         ("size", size),
     ]
     with reading_results(store.path):

@@ -94,7 +94,7 @@ class FactorySpec(Spec):
 
 
 class ModelSpec(FactorySpec):
-    """A factory that returns a ``torch.nn.Module``, with a checkpoint and a forward function."""
+    """A factory of a ``torch.nn.Module``, with a checkpoint and a forward function, or of an infinite network."""
 
     # State dict to load, relative to the workflow file: `.safetensors`, or `.pt` / `.pth` (loaded weights-only).
     checkpoint: Path | None = None
@@ -139,6 +139,7 @@ class RunSpec(Spec):
     # Any other scheduler brings its own workers.
     workers: Positive | None = None
     self_check: bool = True  # compare the engine with plain autograd before the first tile
+    force: bool = False  # of a network of infinite width: begin even what is expected to take more than a day
     # Address of a Dask scheduler, such as `tcp://host:8786`, or `local` for single-threaded processes on this machine,
     # one for each GPU if there are any. Default threads of this process.
     scheduler: str | None = None

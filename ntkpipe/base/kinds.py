@@ -75,9 +75,14 @@ KINDS = {
     ),
 }
 
+# Of :func:`ntkpipe.compute_infinite_kernel` alone; a manifest has the convention of its network.
+INFINITE = Kind("infinite_ntk", "K[i, j] = Theta(x_i, x_j), the NTK of a network of infinite width")
+
 
 def get_kind(name: str) -> Kind:
     """Return the kind called ``name``."""
+    if name == INFINITE.name:
+        return INFINITE
     if name in KINDS:
         return KINDS[name]
     output = name.removeprefix(_OUTPUT)

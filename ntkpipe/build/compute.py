@@ -14,12 +14,15 @@ from ntkpipe.base.errors import ConfigError, StoreMismatchError, TileError
 from ntkpipe.base.paths import said
 from ntkpipe.base.progress import Phase
 from ntkpipe.base.tables import as_table
+from ntkpipe.build.formula_source import FormulaSource
 from ntkpipe.build.from_model import ModelSource
+from ntkpipe.build.from_samples import SampleSource
 from ntkpipe.build.life import Place, fill, require_same
 from ntkpipe.build.mend import NOT_CERTIFIED, RepairReport, mend, verify_with
 from ntkpipe.build.plan import Plan
 from ntkpipe.build.prepare import Request, exact_single_thread, time_jacobians, traced_or_whole
 from ntkpipe.build.workers import find_resources
+from ntkpipe.infinite.networks import Network
 from ntkpipe.jacobian.model.functional import Forward, uncompiled
 from ntkpipe.jacobian.model.samples import Samples, StoredSource, as_samples
 from ntkpipe.jacobian.parameter_report import ParameterReport, report_of, report_rows
@@ -104,7 +107,8 @@ def compute_kernel(
     arguments, place = locals(), Place.at(store, mode, grow=grow)
     request = Request.of(arguments, stored=place.existing)
     with exact_single_thread(request.kernel.compute_dtype):
-        resources = find_resources(request, client, code, progress)
+        dtype = request.kernel.resolved_accumulate_dtype()
+        resources = find_resources(request.run, dtype, client, code, progress)
         with Phase("prepare", enabled=progress):
             source = ModelSource.of(request, resources, Samples.inspect)
         return KernelStore(fill(place, source, progress=progress))
@@ -137,7 +141,8 @@ def plan_kernel(arguments: Mapping[str, Any]) -> PlannedKernel:
     place = Place.at(arguments["store"], arguments["mode"], grow=arguments["grow"])
     request = Request.of(arguments, stored=place.existing)
     with exact_single_thread(request.kernel.compute_dtype):
-        resources = find_resources(request, *(arguments[name] for name in ("client", "code", "progress")))
+        dtype = request.kernel.resolved_accumulate_dtype()
+        resources = find_resources(request.run, dtype, *(arguments[name] for name in ("client", "code", "progress")))
         source = ModelSource.of(request, resources, lambda samples, _: samples.describe())
         work = place.work(source)
         engine, planned = traced_or_whole(
@@ -151,7 +156,7 @@ def plan_kernel(arguments: Mapping[str, Any]) -> PlannedKernel:
 @checked
 def verify(
     store: "str | Path | KernelStore",
-    model: nn.Module | None = None,
+    model: nn.Module | Network | None = None,
     inputs: object = None,
     *,
     test_inputs: object = None,
@@ -163,14 +168,15 @@ def verify(
 
     Without a model: every chunk present, whole and finite, diagonal tiles symmetric, entries within the
     Cauchy-Schwarz bound. With one: fingerprints of model and samples are compared first, then K v from the store with
-    J(J'v), in which every entry takes part.
+    J(J'v), in which every entry takes part. With a network of infinite width K v is formed anew in a random row of each
+    row of tiles, some of its entries by other formulas.
 
     Parameters
     ----------
     store
         Path or URL, or an open store.
     model
-        The model that the store was made with; default none, and no certificate.
+        The model, or network of infinite width, that the store was made with; default none, and no certificate.
     inputs
         The train samples that the store was made with; default those in the store.
     test_inputs
@@ -203,7 +209,7 @@ def verify(
 @checked
 def repair(
     store: "str | Path | KernelStore",
-    model: nn.Module | None = None,
+    model: nn.Module | Network | None = None,
     inputs: object = None,
     *,
     targets: object = None,
@@ -230,7 +236,7 @@ def repair(
     store
         Path or URL, or an open store.
     model
-        The model that the store was made with; default none, and nothing is computed again.
+        The model, or network, that the store was made with; default none, and nothing is computed again.
     inputs
         The train samples that the store was made with; default those in the store.
     targets
@@ -264,7 +270,7 @@ def repair(
             "delete the chunks that verify names and derive it again; without a model, repair clears what is left over"
         )
 
-    def find_source() -> ModelSource:
+    def find_source() -> SampleSource:
         try:
             return _source(kept, arguments)
         except TileError as error:
@@ -277,25 +283,42 @@ def repair(
         return mend(kept, find_source, progress=progress)
 
 
-def _source(store: Store, arguments: Mapping[str, Any]) -> ModelSource:
+def _source(store: Store, arguments: Mapping[str, Any]) -> SampleSource:
     """The source that a store was made from; inputs and targets that are not given are those in the store."""
-    manifest, model = store.manifest, uncompiled(arguments["model"])
-    known = dict(model.named_parameters())
-    if missing := [name for name in manifest.model.parameters if name not in known]:
+    manifest, model = store.manifest, arguments["model"]
+    is_formula = isinstance(model, Network)
+    if is_formula != (manifest.model is None):
         raise StoreMismatchError(
-            f"{store.root} was made with another model: this one has no parameter {missing[0]!r}, and "
-            f"{len(missing) - 1} others of {len(manifest.model.parameters)} are missing. Give the model, or the "
-            "workflow file and options, that it was made with",
-            (("model.parameters", manifest.model.parameters, tuple(known)),),
+            f"{store.root} was made of {manifest.maker}, and {type(model).__name__} was given; give the former",
+            (("model", manifest.maker, type(model).__name__),),
         )
+    parameters = None
+    if manifest.model is not None:
+        parameters, model = manifest.model.parameters, uncompiled(model)
+        known = dict(model.named_parameters())
+        if missing := [name for name in parameters if name not in known]:
+            raise StoreMismatchError(
+                f"{store.root} was made with another model: this one has no parameter {missing[0]!r}, and "
+                f"{len(missing) - 1} others of {len(parameters)} are missing. Give the model, or the "
+                "workflow file and options, that it was made with",
+                (("model.parameters", parameters, tuple(known)),),
+            )
     train = _samples(store, "train", arguments["inputs"], arguments.get("targets"))
     test = _samples(store, "test", arguments["test_inputs"], arguments.get("test_targets"))
     assert train is not None
     same = ("kind", "groups", "compute_dtype", "accumulate_dtype", "store_dtype", "tile")
-    spec = KernelSpec(parameters=manifest.model.parameters, **{name: getattr(manifest, name) for name in same})
-    request = Request(model, train, test, spec, spec_of(RunSpec, arguments), arguments["forward"])
-    resources = find_resources(request, arguments.get("client"), arguments.get("code"), arguments["progress"])
-    source = ModelSource.of(request, resources, Samples.inspect)
+    kept = {name: getattr(manifest, name) for name in same if not (is_formula and name == "groups")}
+    spec = KernelSpec(parameters=parameters, **kept)
+    run = spec_of(RunSpec, {**arguments, "device": "cpu"} if is_formula else arguments)
+    request = Request(model, train, test, spec, run, arguments["forward"])
+    dtype, cluster = spec.resolved_accumulate_dtype(), (arguments.get("client"), arguments.get("code"))
+    resources = find_resources(request.run, dtype, *cluster, arguments["progress"])
+    source: FormulaSource | ModelSource
+    if is_formula:
+        count = manifest.num_outputs
+        source = FormulaSource.of(request, resources, Samples.inspect, num_outputs=count, is_forced=True)
+    else:
+        source = ModelSource.of(request, resources, Samples.inspect)
     hint = "Give those, or the workflow file and options, that it was made with"
     require_same(store, source.manifest, "was made with another model or other samples", hint)
     return replace(source, manifest=manifest)

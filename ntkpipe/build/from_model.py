@@ -1,15 +1,11 @@
 """A model and its samples as a source of tiles: planned, self-checked, and computed by threads or a cluster."""
 
-import platform
-import socket
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,25 +13,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ntkpipe.base.errors import SelfCheckError, StoreMismatchError
-from ntkpipe.base.grid import kernel_grids
 from ntkpipe.base.progress import Ticks
-from ntkpipe.build.life import Products, RowProducts, StoreSink, TileSource, Vector, Work
-from ntkpipe.build.plan import Plan, make_plan
+from ntkpipe.build.from_samples import SampleSource
+from ntkpipe.build.life import Products, RowProducts, Vector, Work
+from ntkpipe.build.plan import Plan
 from ntkpipe.build.prepare import Prepared, Request, Settled, plan_and_check, prepare, products_of, workload_of
-from ntkpipe.build.records import TileRecord, logged
 from ntkpipe.build.scratch import Scratch
-from ntkpipe.build.tiles import BuildJob, Sink, StripCache
-from ntkpipe.build.workers import Resources, versions
+from ntkpipe.build.strips import StripCache
+from ntkpipe.build.tiles import BuildJob, Sink
+from ntkpipe.build.workers import Resources, environment
 from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.fallback import JacobianProducts, NoProductError
-from ntkpipe.jacobian.model.samples import Samples, Source, StoredSource
+from ntkpipe.jacobian.model.samples import Samples, Source
 from ntkpipe.jacobian.model.state import fingerprint
 from ntkpipe.jacobian.probe import probe_samples
 from ntkpipe.jacobian.representations.pieces import contract
 from ntkpipe.jacobian.representations.sums import Workspace
-from ntkpipe.store.chunks import StoredArray
+from ntkpipe.jacobian.self_check import CheckReport
 from ntkpipe.store.growth import ChunkKey
-from ntkpipe.store.layout import Index, layouts
 from ntkpipe.store.manifest import FORMAT, Choices, DataRecord, Manifest
 from ntkpipe.store.store import Store
 
@@ -49,13 +44,13 @@ def job_of(
     settled: Settled,
     sources: Mapping[str, Source],
     sink: Sink,
-    in_use: Callable[[], AbstractContextManager[None]] = nullcontext,
-    store: Path | str | None = None,
+    store: Store | None = None,
 ) -> BuildJob:
-    """The job of a run whose tiles go to a sink."""
+    """The job of a run whose tiles go to a sink, which is that of a store, or of matrices in memory."""
     prepared, engine, plan = settled.prepared, settled.engine, settled.plan
     cache, dtype = StripCache(plan.cache_bytes), np.dtype(prepared.spec.resolved_store_dtype())
-    scratch = Scratch(store if isinstance(store, Path) else None, plan.bytes_to_write)
+    root, in_use = (None, nullcontext) if store is None else (store.root, store.in_use)
+    scratch = Scratch(root if isinstance(root, Path) else None, plan.bytes_to_write)
     pairs, prefixes = prepared.kind.pairs, tuple(plane.prefix for plane in prepared.planes)
     return BuildJob(
         engine, plan, sources, prepared.train.is_mapping, sink, cache, dtype, pairs, prefixes, in_use, scratch
@@ -63,13 +58,18 @@ def job_of(
 
 
 @dataclass(frozen=True)
-class ModelSource(TileSource):
+class ModelSource(SampleSource):
     """Tiles come from Jacobian strips of a model and its samples."""
 
     prepared: Prepared
     resources: Resources
     manifest: Manifest
     settled: Settled | None = None
+
+    @property
+    def samples(self) -> Mapping[str, Samples]:
+        """See :class:`SampleSource`."""
+        return self.prepared.samples
 
     @classmethod
     def of(cls, request: Request, resources: Resources, look: Callable[[Samples, str], DataRecord]) -> "ModelSource":
@@ -92,33 +92,10 @@ class ModelSource(TileSource):
             train=look(prepared.train, "inputs"),
             test=None if test is None else look(test, "test_inputs"),
             choices=Choices(strip=1, subtile=1, batch=1, representations={}, device="cpu", arithmetic=""),
-            environment={
-                **versions(),
-                "host": socket.gethostname(),
-                "processor": platform.processor() or platform.machine(),
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            },
+            environment=environment(),
             groups=dict(prepared.groups),
         )
         return cls(prepared, resources, manifest)
-
-    def data(self, array: StoredArray, index: Index) -> NDArray[Any] | None:
-        """See :meth:`TileSource.data`; outputs come with the tiles of their samples."""
-        folder, split, *name = array.layout.name.split("/")
-        samples, part = self.prepared.samples[split], array.layout.region(index)[0]
-        if folder == "samples":
-            return samples.source.read(part.start, part.stop)[name[0]]
-        return samples.targets[part] if folder == "targets" and samples.targets is not None else None
-
-    def first(self, stored: Manifest) -> tuple[DataRecord, DataRecord | None]:
-        """See :meth:`TileSource.first`."""
-        train, test = self.prepared.train, self.prepared.test
-        before = None if test is None or stored.test is None else self._look(test, stored.test, "test")
-        return self._look(train, stored.train, "train"), before
-
-    def _look(self, samples: Samples, stored: DataRecord, split: str) -> DataRecord:
-        first, is_read = samples.first(stored.num_samples), self.manifest.train.inputs_digest
-        return first.inspect(f"{split} inputs") if is_read else first.describe()
 
     def require_same_function(self, store: Store, doubted: frozenset[ChunkKey] = frozenset()) -> None:
         """See :meth:`TileSource.require_same_function`: a few samples of the first stored tile."""
@@ -172,7 +149,7 @@ class ModelSource(TileSource):
                 f"{engine.representations}. Use the versions in its manifest, or mode='w' to start over",
                 (("choices.representations", choices.representations, engine.representations),),
             )
-        device, arithmetic = self.resources.where_computed(engine)
+        device, arithmetic = self.resources.where_computed(engine.model.device)
         if (device, arithmetic) != (choices.device, choices.arithmetic):
             warnings.warn(
                 f"{path} was begun on {choices.device} ({choices.arithmetic}), this run is on {device} ({arithmetic}): "
@@ -183,13 +160,10 @@ class ModelSource(TileSource):
 
     def plan(self, work: Work, engine: Engine) -> Plan:
         """How the work is done."""
-        kernels = {name: each for name, each in layouts(work.manifest).items() if each.grid is not None}
-        return make_plan(
-            workload_of(self.prepared, engine, self.prepared.grids(), self.prepared.num_test),
-            self.resources.machine(engine, work.medium.free_bytes()),
-            choices=None if work.existing is None else work.existing.manifest.choices,
-            tiles_done=sum(each.num_chunks - work.left.get(name, 0) for name, each in kernels.items()),
-            bytes_to_write=work.num_bytes,
+        workload = workload_of(self.prepared, engine, self.prepared.grids(), self.prepared.num_test)
+        choices = None if work.existing is None else work.existing.manifest.choices
+        return self.planned(
+            work, workload, engine.model.device, engine.setup.rates.product, choices, shares_strips=True
         )
 
     def settle(self, work: Work) -> "ModelSource":
@@ -199,7 +173,7 @@ class ModelSource(TileSource):
         run.require_medium(work.medium)
         found = settled.engine.representations
         if existing is None:
-            choices = settled.plan.choices(found, *run.where_computed(settled.engine))
+            choices = settled.plan.choices(found, *run.where_computed(settled.engine.model.device))
         else:
             choices = existing.manifest.choices
             if settled.check is not None and found != choices.representations:
@@ -210,20 +184,20 @@ class ModelSource(TileSource):
                 )
         return replace(self, settled=settled, manifest=self.manifest.model_copy(update={"choices": choices}))
 
-    def run(self, store: Store, manifest: Manifest, sink: StoreSink) -> Generator[TileRecord, None, None]:
-        """See :meth:`TileSource.run`: blocks of tiles, on threads or by the workers of a cluster."""
+    def settled_plan(self) -> Plan:
+        """See :meth:`SampleSource.settled_plan`."""
         assert self.settled is not None
-        prepared = self.prepared
-        sizes = {
-            split: each.num_samples for split, each in (("train", manifest.train), ("test", manifest.test)) if each
-        }
-        grids = kernel_grids(sizes["train"], sizes.get("test"), prepared.num_covectors, prepared.tile)
-        workload = replace(self.settled.plan.workload, grids=grids, num_test=sizes.get("test", 0))
-        settled = replace(self.settled, plan=replace(self.settled.plan, workload=workload))
-        executor = self.resources.executor(store, settled.plan.machine.workers)
-        sources = {split: StoredSource(store, split, count) for split, count in sizes.items()}
-        with closing(job_of(settled, sources, sink, store.in_use, store.root)) as job:
-            yield from logged(store, settled, executor.run(job, settled.plan.tasks()))
+        return self.settled.plan
+
+    def job(self, plan: Plan, sources: Mapping[str, Source], sink: Sink, store: Store) -> BuildJob:
+        """See :meth:`SampleSource.job`."""
+        assert self.settled is not None
+        return job_of(replace(self.settled, plan=plan), sources, sink, store)
+
+    def check(self) -> tuple[CheckReport | None, float]:
+        """See :meth:`SampleSource.check`."""
+        assert self.settled is not None
+        return self.settled.check, self.settled.check_seconds
 
     def num_steps(self) -> int:
         """See :meth:`TileSource.num_steps`: a pass over the train samples, and one per group over all."""
@@ -266,7 +240,7 @@ class ModelSource(TileSource):
     @property
     def _groups(self) -> list[frozenset[str]]:
         """Parameters of each group, and last of those in none."""
-        left = frozenset(self.manifest.model.parameters).difference(*self.manifest.groups.values())
+        left = frozenset(self.prepared.model.names).difference(*self.manifest.groups.values())
         return [*map(frozenset, self.manifest.groups.values()), *([left] if left else [])]
 
 

@@ -116,7 +116,8 @@ def settle_matrix(request: Request) -> Settled:
 
     def planned(engine: Engine) -> Plan:
         workload = workload_of(prepared, engine, {name: grid})
-        return make_plan(workload, this_machine(engine, run, result_bytes=prod(shape) * dtype.itemsize))
+        where = engine.model.device, engine.setup.rates.product
+        return make_plan(workload, this_machine(*where, run, result_bytes=prod(shape) * dtype.itemsize))
 
     return plan_and_check(prepared, prepared.engine, planned, is_checked=run.self_check)
 

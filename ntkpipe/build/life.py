@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,13 @@ Products = dict[Key, Vector]
 
 
 class RowProducts(Protocol):
-    """Every kernel times a vector at a few rows, or summed over some, by gradients of rows alone."""
+    """Every kernel times a vector at a few rows, or summed over some, by gradients of rows alone or by formulas."""
+
+    by_tolerance: ClassVar[bool] = False  # whether rows are few, so that none stands out from the others
+
+    def words(self) -> Mapping[str, Any]:
+        """What a certificate says of them."""
+        return {"by_backward": True}
 
     def bundles(self, split: str) -> NDArray[np.int64]:
         """A label for each row; sums over the rows of a label cost about as much as tiles of their samples."""

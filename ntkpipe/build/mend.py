@@ -74,6 +74,7 @@ def certify(store: Store, source: TileSource, *, progress: bool) -> tuple[dict[s
     by_rows = source.row_products(signs, progress)
     if by_rows is None:
         return tuple(found.values())
+    judge = partial(judge, by_tolerance=by_rows.by_tolerance)
     labels = {split: by_rows.bundles(split) for split in dict.fromkeys(split for *_, split in stored)}
     sums = by_rows.sums(labels)
 
@@ -106,7 +107,7 @@ def _rows_named(
     exact, found = by_rows.sums(alone) if any(map(len, rows.values())) else {}, {}
     for key, each in certificates.items():
         chosen = rows[key[-1]]
-        found[key] = {**each, "by_backward": True}
+        found[key] = {**each, **by_rows.words()}
         if each["suspect_rows"]:
             named = judge(stored[key].summed(alone[key[-1]], len(chosen)), exact[key], median=each["median_error"])
             suspects = chosen[list(named["suspect_rows"])].tolist()
@@ -161,12 +162,18 @@ def _problem(certificate: dict[str, Any]) -> str:
 
 
 def _judge(
-    stored: _Stored, exact: Vector, *, precision: float, tolerance: float, median: float | None = None
+    stored: _Stored,
+    exact: Vector,
+    *,
+    precision: float,
+    tolerance: float,
+    median: float | None = None,
+    by_tolerance: bool = False,
 ) -> dict[str, Any]:
     gap, scale = np.abs(stored.product - exact), stored.scale
     errors = np.divide(gap, scale, out=np.where(gap > 0, np.inf, 0.0), where=scale > 0)
     median = float(np.median(errors)) if median is None else median
-    suspect = np.flatnonzero(errors > _OUTLIER * max(median, precision / 4))
+    suspect = np.flatnonzero(errors > (tolerance if by_tolerance else _OUTLIER * max(median, precision / 4)))
     ranked = suspect[np.argsort(-errors[suspect])]
     error = float(errors.max())
     return {

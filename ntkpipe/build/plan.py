@@ -41,6 +41,7 @@ class Workload:
     cost: Cost  # of the Jacobians
     num_matrices: int = 1  # matrices of each kernel: one, or one for each output
     num_groups: int = 0  # parameter groups with kernels of their own
+    sizes: Sizes | None = None  # how work is cut; none: as is best on the device
 
     @property
     def num_planes(self) -> int:
@@ -276,7 +277,7 @@ def _fit(workload: Workload, machine: Machine, choices: Choices | None) -> Plan:
     """Best plan for a number of workers; its memory exceeds the limit where nothing smaller works."""
     cost, tile = workload.cost, workload.tile
     share = (machine.memory_limit - machine.base_memory) / machine.workers
-    sizes = machine.sizes
+    sizes = workload.sizes or machine.sizes
     subtile = min(max(1, int(sizes.piece_rows / workload.num_matrices**0.5) // workload.num_covectors), tile)
 
     def room(subtile: int, batch: int = 0) -> float:
@@ -358,7 +359,7 @@ def _fixed_bytes(workload: Workload, subtile: int, sizes: Sizes) -> float:
 
 def _worker_bytes(plan: Plan) -> float:
     cost = plan.workload.cost
-    fixed = _fixed_bytes(plan.workload, plan.subtile, plan.machine.sizes)
+    fixed = _fixed_bytes(plan.workload, plan.subtile, plan.workload.sizes or plan.machine.sizes)
     strips = (plan.hold + 1) * plan.strip * cost.block_bytes
     # The strip that is being computed exists in parts before it is whole.
     assembling = plan.subtile * cost.block_bytes

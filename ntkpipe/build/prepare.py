@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ntkpipe.base.config import ComputeDtype, KernelSpec, RunSpec, spec_of
 from ntkpipe.base.errors import ConfigError, DataError, NtkpipeError
 from ntkpipe.base.grid import Grid, default_tile, kernel_grids
-from ntkpipe.base.kinds import MAX_PLANES, Kind, Plane, get_kind, match_groups, num_planes, planes_of
+from ntkpipe.base.kinds import INFINITE, MAX_PLANES, Kind, Plane, get_kind, match_groups, num_planes, planes_of
 from ntkpipe.base.paths import said
 from ntkpipe.base.resources import available_memory, num_cores, process_memory
 from ntkpipe.build.plan import Machine, Plan, Workload
@@ -188,6 +188,8 @@ def prepare(
     """Check the model on a few samples, and decide how its Jacobians are computed."""
     train, spec = request.train, request.kernel
     kind = get_kind(spec.kind)
+    if kind == INFINITE:
+        raise ConfigError(f"kind={spec.kind!r} is of networks of infinite width, of compute_infinite_kernel alone")
     functional = prepare_model(
         request.model,
         forward=request.forward,
@@ -254,22 +256,24 @@ def _cost(prepared: Prepared, engine: Engine) -> Cost:
     return known[key]
 
 
-def this_machine(engine: Engine, run: RunSpec, *, result_bytes: int = 0, free_disk: int | None = None) -> Machine:
-    """What this process may use, of which ``result_bytes`` are taken."""
+def this_machine(
+    device: torch.device, rate: float, run: RunSpec, *, result_bytes: int = 0, free_disk: int | None = None
+) -> Machine:
+    """What this process may use, of which ``result_bytes`` are taken; one worker does ``rate`` operations a second."""
     if run.memory_limit is not None:
         return_freed_memory()
     base = process_memory() + result_bytes
     limit = run.memory_limit or base + int(_SHARE_OF_MEMORY * max(0, available_memory() - result_bytes))
-    if engine.model.device.type == "cuda":
+    if device.type == "cuda":
         # Strips live on the device: plan for the smaller memory, so that they need not be halved during the run.
-        limit = min(limit, base + int(_SHARE_OF_MEMORY * free_memory(engine.model.device)))
+        limit = min(limit, base + int(_SHARE_OF_MEMORY * free_memory(device)))
     return Machine(
-        workers=(run.workers or num_cores()) if engine.model.device.type == "cpu" else 1,
+        workers=(run.workers or num_cores()) if device.type == "cpu" else 1,
         memory_limit=int(limit),
         base_memory=base,
         free_disk=free_disk,
-        flops_per_second=engine.setup.rates.product,
-        device=str(engine.model.device),
+        flops_per_second=rate,
+        device=str(device),
     )
 
 

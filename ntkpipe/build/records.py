@@ -11,7 +11,7 @@ from time import perf_counter
 
 from ntkpipe.base.errors import StoreFullError
 from ntkpipe.build.plan import Plan
-from ntkpipe.build.prepare import Settled
+from ntkpipe.jacobian.self_check import CheckReport
 from ntkpipe.store.layout import Index
 from ntkpipe.store.store import Store
 
@@ -74,14 +74,18 @@ class Sizes:
 
 
 def logged(
-    store: Store, settled: Settled, records: Generator[BuildRecord, None, None]
+    store: Store,
+    plan: Plan,
+    records: Generator[BuildRecord, None, None],
+    check: CheckReport | None = None,
+    check_seconds: float = 0.0,
 ) -> Generator[TileRecord, None, None]:
     """Pass tiles on; in ``results/runs/<run>``, ``blocks.jsonl`` gets a line a block, the attributes a summary."""
     name, started = f"runs/{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{os.getpid()}", perf_counter()
-    plan, expected = settled.plan, store.manifest.choices.arithmetic
+    expected = store.manifest.choices.arithmetic
     sizes, tiles, num_bytes, peak, flops, hosts, strangers = Sizes(plan), 0, 0, 0, 0.0, set[str](), set[str]()
-    if settled.check is not None:
-        store.write_result("self_check", asdict(settled.check))
+    if check is not None:
+        store.write_result("self_check", asdict(check))
     try:
         with closing(records):
             for record in sizes.watch(records):
@@ -115,7 +119,7 @@ def logged(
             "subtile": plan.subtile,
             # If memory ran out, sizes were smaller than planned, and results agree with another run to rounding only.
             **{f"{size}_used": used for size, used in sizes.used.items()},
-            "self_check_seconds": settled.check_seconds,
+            "self_check_seconds": check_seconds,
             "flops": flops,
             "num_bytes": num_bytes,
             # Rate of matrix products of one worker, measured before the run.

@@ -2,8 +2,7 @@
 
 import os
 import socket
-import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import gettempdir
 from time import perf_counter, time
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from ntkpipe.base.kinds import array_of
 from ntkpipe.build.plan import BlockTask, Plan
 from ntkpipe.build.records import BlockRecord, BuildRecord, TileRecord
 from ntkpipe.build.scratch import Scratch, StripKey
+from ntkpipe.build.strips import Contraction, Strip, StripCache, StripEngine
 from ntkpipe.build.transfer import NUM_BUFFERS, Arrival, tile_buffers, to_host_tensor
 from ntkpipe.executors.threads import RunStopped
 from ntkpipe.jacobian.engine import Engine, JacobianBlock
@@ -36,7 +36,7 @@ from ntkpipe.jacobian.model.device import (
 )
 from ntkpipe.jacobian.model.functional import Batch
 from ntkpipe.jacobian.model.samples import Source, show_samples
-from ntkpipe.jacobian.representations.pieces import Piece, contract_diagonal_planes, contract_planes
+from ntkpipe.jacobian.representations.pieces import contract_planes
 from ntkpipe.jacobian.representations.sums import Pairs, Workspace
 from ntkpipe.store.growth import ChunkKey
 from ntkpipe.store.layout import Index
@@ -61,45 +61,11 @@ class Sink(Protocol):
         """Memory where a tile may be computed in place, so that writing it copies nothing; none if there is none."""
 
 
-class StripCache:
-    """Jacobian strips shared by the workers of one process; the least recently used is dropped first."""
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._used = 0
-        self._strips: OrderedDict[StripKey, JacobianBlock] = OrderedDict()
-        self._lock = threading.Lock()
-        self._making: dict[StripKey, threading.Lock] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return StripCache, (self._capacity,)  # strips stay in the process that computed them
-
-    def get(self, key: StripKey, make: Callable[[], JacobianBlock]) -> JacobianBlock:
-        """The strip, computed by ``make`` if it is not cached; two workers never compute the same one at once."""
-        if self._capacity == 0:
-            return make()
-        with self._lock:
-            making = self._making.setdefault(key, threading.Lock())
-        with making:
-            with self._lock:
-                if key in self._strips:
-                    self._strips.move_to_end(key)
-                    return self._strips[key]
-            block = make()
-            with self._lock:
-                self._strips[key] = block
-                self._used += block.num_bytes()
-                while self._used > self._capacity:
-                    _, dropped = self._strips.popitem(last=False)
-                    self._used -= dropped.num_bytes()
-            return block
-
-
 @dataclass(frozen=True)
 class BuildJob:
     """Everything that a worker needs for any task; idempotent, whatever ran before or runs beside it."""
 
-    engine: Engine  # copied for each worker
+    engine: StripEngine  # copied for each worker
     plan: Plan
     sources: Mapping[str, Source]  # samples by split, `train` and `test`
     is_mapping: bool  # whether a sample is a dict
@@ -111,6 +77,7 @@ class BuildJob:
     in_use: Callable[[], AbstractContextManager[None]] = nullcontext  # marks the store: a worker may outlive its driver
     scratch: Scratch = field(default_factory=Scratch)  # strips that processes of a machine share
     default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)  # of the process that makes the job
+    contraction: Contraction = field(default_factory=Contraction)
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -141,17 +108,16 @@ class BuildJob:
 
 @dataclass
 class Gram:
-    """Contracts the strips of one worker; where memory runs out, it halves the pieces from then on."""
+    """Fills tiles from the strips of one worker; where memory runs out, it halves the pieces from then on."""
 
     num_covectors: int
     pairs: Pairs
     pause: Callable[[], None]
     most: int | None = None  # samples of a piece, if there is a limit
     workspace: Workspace = field(default_factory=Workspace)
+    contract: Callable[..., None] = contract_planes
 
-    def fill(
-        self, left: JacobianBlock, right: JacobianBlock, tiles: Sequence[Tensor], row: int, column: int, mirror: bool
-    ) -> None:
+    def fill(self, left: Strip, right: Strip, tiles: Sequence[Tensor], row: int, column: int, mirror: bool) -> None:
         """Write the Gram entries of two strips into the tile of every plane, sample-major."""
         while True:
             # The parts of a piece that meets itself must be the same objects on both sides.
@@ -164,7 +130,7 @@ class Gram:
                             continue
                         self.pause()
                         parts = [tile[rows, columns] for tile in tiles]
-                        contract_planes(one, other, self.workspace, self.pairs, parts)
+                        self.contract(one, other, self.workspace, self.pairs, parts)
                         if mirror and columns != rows:
                             for tile in tiles:
                                 tile[columns, rows] = tile[rows, columns].T
@@ -179,7 +145,7 @@ class Gram:
             self.workspace.clear()
             release_memory()
 
-    def _placed(self, block: JacobianBlock, start: int) -> Iterator[tuple[slice, Piece]]:
+    def _placed(self, block: Strip, start: int) -> Iterator[tuple[slice, Any]]:
         """Pieces of a block, or parts of at most ``most`` samples, with their rows in the tile."""
         width = self.num_covectors
         for piece in block.pieces:
@@ -200,9 +166,9 @@ class _Builder:
         self._engine = job.engine.moved(self._device).copy()
         self._pause = pause
         width = job.plan.workload.num_covectors
-        rows, self._gram = job.plan.workload.tile * width, Gram(width, job.pairs, pause)
+        rows, self._gram = job.plan.workload.tile * width, Gram(width, job.pairs, pause, contract=job.contraction.fill)
         self._buffers = [tile_buffers(self._device, rows, job.store_dtype) for _ in job.prefixes]
-        self._held: dict[StripKey, JacobianBlock] = {}
+        self._held: dict[StripKey, Strip] = {}
         self._batch = job.plan.batch
         self._flops, self._num_bytes = 0.0, 0
 
@@ -337,7 +303,7 @@ class _Builder:
             self._pause()
             block = self._strip(("test", strip), frozenset())
             for piece in block.pieces:
-                planes = contract_diagonal_planes(piece, self._job.pairs, len(arrays))
+                planes = self._job.contraction.diagonal(piece, self._job.pairs, len(arrays))
                 for part, values in zip(parts, planes, strict=True):
                     part.append(values)
             outputs.append(block.outputs)
@@ -357,21 +323,25 @@ class _Builder:
             )
         return values
 
-    def _strip(self, key: StripKey, keep: frozenset[StripKey]) -> JacobianBlock:
-        """Jacobians of a strip: held, cached or computed. Afterwards only it and ``keep`` are held."""
+    def _strip(self, key: StripKey, keep: frozenset[StripKey]) -> Strip:
+        """A strip: held, cached or computed. Afterwards only it and ``keep`` are held."""
         if key not in self._held:
             self._held = {other: block for other, block in self._held.items() if other in keep}
             self._held[key] = self._job.cache.get(key, lambda: self._read(key) or self._compute(key))
         return self._held[key]
 
-    def _read(self, key: StripKey) -> JacobianBlock | None:
+    def _read(self, key: StripKey) -> Strip | None:
         """A strip that this or another process has left on disk; none if there is no whole one."""
         if not self._job.scratch.has(key):
             return None
-        block = self._engine.blank(len(key[1]), self._plan.subtile)
-        return block if self._job.scratch.get(key, block.memory(self._engine.covectors)) else None
+        block = cast(Engine, self._engine).blank(len(key[1]), self._plan.subtile)
+        return block if self._job.scratch.get(key, self._memory(block)) else None
 
-    def _compute(self, key: StripKey) -> JacobianBlock:
+    def _memory(self, block: Strip) -> list[Tensor]:
+        """What a file holds of a strip; plans have files for Jacobians alone."""
+        return cast(JacobianBlock, block).memory(cast(Engine, self._engine).covectors)
+
+    def _compute(self, key: StripKey) -> Strip:
         split, span = key
         source, at = self._job.sources[split], span
 
@@ -380,7 +350,8 @@ class _Builder:
             self._pause()
             at = Span(start, stop)
             arrays = {name: to_host_tensor(v, self._device) for name, v in source.read(start, stop).items()}
-            return self._engine.model.to_batch(arrays, self._job.is_mapping)
+            batch: Batch = self._engine.model.to_batch(arrays, self._job.is_mapping)
+            return batch
 
         try:
             sizes = {"subtile": self._plan.subtile, "batch": self._batch}
@@ -396,5 +367,5 @@ class _Builder:
         self._flops += len(span) * self._plan.workload.cost.jacobian_flops
         # What was computed in smaller batches for lack of memory has other last bits.
         if self._plan.scratch_bytes and self._batch == self._plan.batch:
-            self._job.scratch.put(key, block.memory(self._engine.covectors))
+            self._job.scratch.put(key, self._memory(block))
         return block

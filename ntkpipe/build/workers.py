@@ -6,6 +6,7 @@ import socket
 import sys
 import warnings
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import gettempdir
@@ -14,17 +15,16 @@ from uuid import uuid4
 
 import torch
 
-from ntkpipe.base.config import RunSpec
+from ntkpipe.base.config import RealDtype, RunSpec
 from ntkpipe.base.errors import ClusterError
 from ntkpipe.base.paths import said
 from ntkpipe.base.resources import local_disk_room
 from ntkpipe.build.plan import SHARE_OF_LIMIT, BlockTask, Machine
-from ntkpipe.build.prepare import Request, exact_single_thread, measure_rates, this_machine
+from ntkpipe.build.prepare import exact_single_thread, measure_rates, this_machine
 from ntkpipe.build.records import BuildRecord
 from ntkpipe.executors.threads import Executor, ThreadExecutor
-from ntkpipe.jacobian.engine import Engine
 from ntkpipe.jacobian.model.device import describe_arithmetic
-from ntkpipe.jacobian.model.functional import DTYPES, FunctionalModel, resolve_device
+from ntkpipe.jacobian.model.functional import DTYPES, resolve_device
 from ntkpipe.store.media.medium import Medium, writing
 from ntkpipe.store.store import Store
 
@@ -54,19 +54,19 @@ class Resources:
             return self.run.device
         return "cpu" if self.cluster.device == "cpu" else None
 
-    def machine(self, engine: Engine, free_disk: int | None) -> Machine:
-        """What computes, for a plan."""
+    def machine(self, device: torch.device, rate: float, free_disk: int | None) -> Machine:
+        """What computes, for a plan; ``rate`` is that of a worker here."""
         if self.cluster is None:
-            machine = this_machine(engine, self.run, free_disk=free_disk)
+            machine = this_machine(device, rate, self.run, free_disk=free_disk)
             return replace(machine, scratch_bytes=local_disk_room(Path(gettempdir())))
         limit = min(self.cluster.memory_limit, self.run.memory_limit or self.cluster.memory_limit)
         return replace(self.cluster, memory_limit=limit, free_disk=free_disk)
 
-    def where_computed(self, engine: Engine) -> tuple[str, str]:
+    def where_computed(self, device: torch.device) -> tuple[str, str]:
         """Type of the computing device, here or on the workers, and what decides the last bits there."""
         if self.cluster is not None:
             return torch.device(self.cluster.device).type, self.cluster.arithmetic
-        return engine.model.device.type, describe_arithmetic(engine.model.device)
+        return device.type, describe_arithmetic(device)
 
     def executor(self, store: Store, num_threads: int) -> Executor[BlockTask, BuildRecord]:
         """Threads, or what distributes blocks to the workers."""
@@ -77,7 +77,7 @@ class Resources:
         self.client.log_event(TOPIC, {"store": str(store.root), "state": "building"})
         return ClusterExecutor(self.client, name=store.manifest.kind, code=self.code)
 
-    def require_model(self, model: FunctionalModel) -> None:
+    def require_model(self, model: object) -> None:
         """Check that every worker can load the model, of which it is sent everything but the numbers."""
         assert self.client is not None
         from ntkpipe.executors.payload import load_once, pickle_job
@@ -92,12 +92,13 @@ class Resources:
             require_shared_medium(self.client, medium)
 
 
-def find_resources(request: Request, client: "Client | None", code: str | Path | None, progress: bool) -> Resources:
+def find_resources(
+    run: RunSpec, dtype: RealDtype, client: "Client | None", code: str | Path | None, progress: bool
+) -> Resources:
     """Threads of this process, or the workers of a client's cluster; prints where its dashboard is."""
-    run = request.run
     if client is None:
         return Resources(run)
-    found = inspect_workers(client, DTYPES[request.kernel.resolved_accumulate_dtype()], run.device)
+    found = inspect_workers(client, DTYPES[dtype], run.device)
     if progress:
         each = f"{found.workers} thread{'s' if found.workers > 1 else ''}"
         where = f"{found.processes} workers of {each} on {found.device} ({found.arithmetic})"
@@ -169,6 +170,16 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter."""
     packages = ("ntkpipe", "torch", "numpy", "zarr")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def environment() -> dict[str, str]:
+    """What a manifest says of where and when it was made."""
+    return {
+        **versions(),
+        "host": socket.gethostname(),
+        "processor": platform.processor() or platform.machine(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def require_shared_medium(client: "Client", medium: Medium) -> None:

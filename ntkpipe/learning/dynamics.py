@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.arrays import FloatArray, require_bounded
+from ntkpipe.base.blas import single_threaded_blas
 from ntkpipe.base.config import Budget, MemoryLimit, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.given import as_real
@@ -16,7 +17,6 @@ from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
 from ntkpipe.base.targets import Targets, Task
 from ntkpipe.learning.regression.sources import initial_matrix
-from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.blocks import as_block, as_targets
 from ntkpipe.solvers.inverse.contract import INDEFINITE
 from ntkpipe.solvers.result import Monitor, OfTargets, Status, ignore, recorded

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray, SquareSum, require_matrix_range
+from ntkpipe.base.blas import Pool
 from ntkpipe.base.given import as_real, require_square, require_symmetric
 from ntkpipe.base.operator import Operator, Statistics, Work, digest_of
-from ntkpipe.operators.blas import Pool
 
 _ROWS_AT_ONCE = 256  # rows of float32 upcast at a time: with 2,048 columns they are 4 MiB, which stay in the cache
 _WORTH_THREADS = 10**8  # multiplications, some milliseconds, from which on threads are worth their start

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray, SquareSum
+from ntkpipe.base.blas import single_threaded_blas
 from ntkpipe.base.grid import Grid
 from ntkpipe.base.operator import Operator, Statistics, Work
-from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.tiles import MatrixTiles, TileIndex, TileReader, Tiles, buffer_bytes
 
 ShardResult = TypeVar("ShardResult")

@@ -61,7 +61,7 @@ def compose(gathered: Gathered) -> Page:
     return Page(
         title=f"Kernel report: {getattr(store.path, 'name', store.path)}",
         subtitle=(
-            f"{manifest.kind} of {manifest.model.name} ({manifest.model.num_parameters:,} parameters) on "
+            f"{manifest.kind} of {manifest.maker}, on "
             f"{manifest.train.num_samples:,} samples, in {gathered.kernel.dtype}"
         ),
         is_good=is_good,

@@ -35,27 +35,28 @@ def computed_section(store: KernelStore, array: str) -> Section:
         ("arithmetic", choices.arithmetic),
         ("tiles", f"{done}, {format_bytes(progress.bytes_done)}"),
         ("digest of the manifest", manifest.digest()),
-        ("digest of the model's state", model.state_digest),
+        *(() if model is None else (("digest of the model's state", model.state_digest),)),
         ("digest of the training inputs", manifest.train.inputs_digest),
     ]
     if manifest.derived is not None:
         rows.append(("digest of the source's manifest", manifest.derived.digest))
-    named = model.parameters[:_MOST_NAMES]
-    more = (("…", f"{len(model.parameters) - len(named):,} more"),) if len(named) < len(model.parameters) else ()
-    held = tuple((name, _representation(name, choices.representations)) for name in named)
+    tables, is_of = [PageTable("Model, data and numerics", (), tuple(rows))], "the limit of inner products of gradients"
+    if model is not None:
+        is_of = "the inner product of two gradients of the model's output with respect to its parameters"
+        named = model.parameters[:_MOST_NAMES]
+        more = (("…", f"{left:,} more"),) if (left := len(model.parameters) - len(named)) else ()
+        held = tuple((name, _representation(name, choices.representations)) for name in named)
+        tables.append(PageTable(_HELD, ("parameter", "held as"), (*held, *more), is_folded=True))
     return Section(
         "computed",
         "What was computed",
         (
-            "A row of the kernel is a training sample (of a full NTK, a sample and an output); an entry is the inner "
-            "product of two gradients of the model's output with respect to its parameters, as the convention says. "
+            "A row of the kernel is a training sample (of a full NTK, a sample and an output); an entry is "
+            f"{is_of}, as the convention says. "
             "Kernel units are (units of output / units of parameter)². The digest stands for all of this: equal "
             "digests, equal kernels.",
         ),
-        (
-            PageTable("Model, data and numerics", (), tuple(rows)),
-            PageTable(_HELD, ("parameter", "held as"), (*held, *more), is_folded=True),
-        ),
+        tables,
     )
 
 
@@ -111,7 +112,8 @@ def verification_section(store: Store) -> Section:
             "Cauchy–Schwarz inequality. The certificate compares the whole stored matrix with the model: for a random "
             "vector v the product K v of the store against J (Jᵀ v), which is computed from the model without any "
             "kernel. A single wrong entry anywhere would show in its row. Where a model's backward pass is not the "
-            "derivative of its forward pass, gradients of rows take the place of J, summed over a few rows at a time.",
+            "derivative of its forward pass, gradients of rows take the place of J, summed over a few rows at a time; "
+            "of a network of infinite width the formulas give a row in each row of tiles.",
         ),
         tables,
         missing,
@@ -121,6 +123,7 @@ def verification_section(store: Store) -> Section:
 def _certificate_row(kernel: Json) -> tuple[str, ...]:
     outcome = "good" if kernel["is_good"] else f"{kernel['num_suspects']:,} suspect rows"
     outcome += ", by gradients alone" if kernel.get("by_backward") else ""  # earlier versions did not say
+    outcome += ", rows at random by the formulas" if kernel.get("by_formula") else ""
     numbers = (f"{kernel[name]:.1e}" for name in ("error", "median_error", "tolerance"))
     return (str(kernel["array"]), *numbers, outcome)
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.blas import single_threaded_blas
 from ntkpipe.base.operator import Operator
-from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.checkpoint import Get
 from ntkpipe.store.results import as_integer, as_numbers
 

@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+from textwrap import shorten
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     Field,
+    JsonValue,
     PositiveInt,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
+    model_validator,
 )
 
 from ntkpipe.base.config import ComputeDtype, GroupName, RealDtype, require_folders
@@ -23,6 +26,7 @@ FORMAT: Literal[1] = 1
 ATTRIBUTE = "ntkpipe"
 
 _MOST_AXES = 63  # numpy supports 64, and one is the sample axis
+_MOST_SHOWN = 1000  # characters of a network
 _LARGEST = 2**53  # other JSON readers parse numbers as float64
 
 
@@ -67,6 +71,14 @@ class ModelRecord(_Record):
     num_parameters: PositiveInt  # number of scalars in them
 
 
+class SourceRecord(_Record):
+    """What takes the place of a model: a formula."""
+
+    name: Literal["infinite"]  # of a network of infinite width; see :mod:`ntkpipe.infinite`
+    network: dict[str, JsonValue]  # all options that decide numbers, `name` among them
+    formulas: Literal[1]  # version of the formulas; another one has other bits
+
+
 class Choices(_Record):
     """Free choices that determine the last bits; made once, and reused by every resume."""
 
@@ -95,8 +107,8 @@ class GrowthRecord(_Record):
     environment: dict[str, str]  # versions, host and time of the run that added samples; informative, never compared
 
 
-# Later fields are left out of the JSON if empty, so that older stores keep their manifest and digest.
-_LATER = frozenset({"groups", "derived", "growth"})
+# Fields that are left out of the JSON if empty; later ones, so that older stores keep their manifest and digest.
+_LATER = frozenset({"model", "groups", "derived", "growth", "source"})
 
 
 class Manifest(_Record):
@@ -111,7 +123,7 @@ class Manifest(_Record):
     compute_dtype: ComputeDtype
     accumulate_dtype: RealDtype
     store_dtype: RealDtype
-    model: ModelRecord
+    model: ModelRecord | None = None  # of a formula none, but `source`
     train: DataRecord
     test: DataRecord | None
     choices: Choices
@@ -121,6 +133,13 @@ class Manifest(_Record):
     groups: Annotated[dict[GroupName, tuple[str, ...]], AfterValidator(require_folders)] = {}
     derived: DerivedRecord | None = None  # the source of a derived store
     growth: tuple[GrowthRecord, ...] = ()  # samples before each growth, the oldest first; never compared
+    source: SourceRecord | None = None  # the formula, in place of a model
+
+    @model_validator(mode="after")
+    def _has_one_maker(self) -> "Manifest":
+        if (self.model is None) == (self.source is None):
+            raise ValueError("needed either a model or a source")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_empty_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -140,6 +159,14 @@ class Manifest(_Record):
         return self.model_copy(update={"train": train, "test": test, "growth": (*self.growth, before)})
 
     @property
+    def maker(self) -> str:
+        """The model, or the formula in its place, in words."""
+        if self.model is not None:
+            return f"{self.model.name}, {self.model.num_parameters:,} parameters"
+        layers = None if self.source is None else self.source.network.get("layers")
+        return f"{len(layers) if isinstance(layers, list) else 'some'} layers of infinite width"
+
+    @property
     def shape(self) -> str:
         """Shape of the train kernels, and how many there are, in words."""
         rows = self.train.num_samples * self.num_covectors
@@ -148,18 +175,19 @@ class Manifest(_Record):
 
     def rows(self) -> TableRows:
         """The manifest as (quantity, value) in words."""
-        model = self.model
         rows = [
             ("kind", f"{self.kind}: {self.convention}"),
             ("kernel", f"{self.shape} {self.store_dtype}"),
             ("samples", f"{_num_samples(self)}; {self.num_outputs} outputs"),
-            ("model", f"{model.name}, {model.num_parameters:,} parameters in {len(model.parameters)}"),
+            ("model", self.maker + ("" if self.model is None else f" in {len(self.model.parameters)}")),
             ("computed in", f"{self.compute_dtype}, summed in {self.accumulate_dtype}, on {self.choices.device}"),
             ("made", ", ".join(f"{name} {value}" for name, value in self.environment.items())),
         ]
-        if self.groups:
+        if self.source is not None:
+            rows.append(("network", shorten(json.dumps(self.source.network), _MOST_SHOWN, placeholder=" …")))
+        elif self.groups and self.model is not None:
             sizes = [f"{name} ({len(parameters)})" for name, parameters in self.groups.items()]
-            left = len(model.parameters) - sum(map(len, self.groups.values()))
+            left = len(self.model.parameters) - sum(map(len, self.groups.values()))
             rows.append(("groups", ", ".join(sizes) + (f"; {left} parameters in none" if left else "")))
         if self.derived is not None:
             rows.append(("derived", f"from kind {self.derived.kind}, manifest {self.derived.digest[:12]}"))
@@ -193,7 +221,10 @@ def from_attribute(value: object, where: str) -> Manifest:
     found = value["manifest"].get("format")
     if found != FORMAT:
         raise StoreError(f"{where} has store format {repr(found)[:20]}; this version reads format {FORMAT}")
-    problem = _implausible(value["manifest"])
+    try:
+        problem = _implausible(value["manifest"])
+    except RecursionError:
+        problem = "it is nested too deeply"
     if problem is not None:
         raise StoreError(f"the manifest of {where} is damaged: {problem}")
     try:
@@ -222,7 +253,7 @@ def _implausible(value: object) -> str | None:
 
 # Runs of the same kernel may differ in choices, environment and history, but in nothing else.
 _SETTINGS = ("kind", "convention", "num_outputs", "tile", "compute_dtype", "accumulate_dtype", "store_dtype")
-_IDENTITY = (*_SETTINGS, "model", "groups", "train", "test")
+_IDENTITY = (*_SETTINGS, "model", "source", "groups", "train", "test")
 
 
 def differences(stored: Manifest, asked: Manifest) -> tuple[tuple[str, object, object], ...]:
@@ -237,4 +268,7 @@ def _compare(prefix: str, left: object, right: object) -> list[tuple[str, object
     if isinstance(left, dict) and isinstance(right, dict):
         keys = {key: f"{prefix}.{key}" if prefix else key for key in [*left, *right]}
         return [item for key, name in keys.items() for item in _compare(name, left.get(key), right.get(key))]
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):  # of a network's options
+        pairs = enumerate(zip(left, right, strict=True))
+        return [item for at, pair in pairs for item in _compare(f"{prefix}.{at}", *pair)]
     return [] if left == right else [(prefix, left, right)]

@@ -348,3 +348,30 @@ def test_solvers_are_steps_of_a_workflow(finished):
     assert "no option 'kk'; the nearest is 'k'" in wrong.stderr
     unknown = ntkpipe("run", DIGITS, "--set", "steps=[{step: eigs}]", cwd=folder)
     assert "the nearest is 'eigsh'" in unknown.stderr
+
+
+INFINITE = DIGITS.with_name("infinite.yaml")
+
+
+def test_a_network_of_infinite_width_is_run_planned_verified_and_repaired(tmp_path: Path) -> None:
+    few = ("--set", "data.arguments.num_train=300", "--set", "kernel.tile=128", "--set", "steps=[{step: verify}]")
+    planned = ntkpipe("plan", INFINITE, *few, cwd=tmp_path)
+    assert "NTK and NNGP of each" in planned.stdout
+    assert "Jacobian" not in planned.stdout
+    assert json.loads(ntkpipe("plan", INFINITE, *few, "--json", cwd=tmp_path).stdout)["tiles"] == 2 * (6 + 9)
+    answer = ntkpipe("run", INFINITE, *few, cwd=tmp_path)
+    assert (answer.returncode, answer.stderr) == (0, answer.stderr)
+    assert "infinite_ntk of 7 layers of infinite width" in answer.stdout
+    assert "rows at random by the formulas (" in answer.stdout
+    store = tmp_path / "runs/digits-infinite.zarr"
+    tile = store / "groups/nngp/test_train/c/1/0"
+    kept = tile.read_bytes()
+    tile.unlink()
+    assert ntkpipe("verify", store, cwd=tmp_path).returncode == 1
+    repaired = ntkpipe("verify", store, "--repair", "--workflow", INFINITE, *few, cwd=tmp_path)
+    assert repaired.returncode == 0, repaired.stdout
+    assert tile.read_bytes() == kept
+    other = ntkpipe("run", INFINITE, *few, "--set", "model.arguments.b_std=0.2", cwd=tmp_path)
+    assert (other.returncode, "layers.0.b_std: stored 0.1 → asked 0.2" in other.stderr) == (2, True)
+    wrong = ntkpipe("run", INFINITE, *few, "--set", "kernel.kind=ntk", cwd=tmp_path)
+    assert (wrong.returncode, "infinite width has no key 'kind'" in wrong.stderr) == (2, True)

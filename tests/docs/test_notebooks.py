@@ -1,5 +1,6 @@
-"""Notebooks run top to bottom on small stores that others made, and load no torch."""
+"""Notebooks run top to bottom: on small stores that others made, without torch, or on what they make themselves."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 # What each notebook reads: one store of any kind, or a folder of several.
 OF_A_STORE = ("first_look", "spectra_and_generalisation")
 OF_A_FOLDER = ("choosing_kind_and_dtype",)
+ALONE = ("finite_and_infinite_width",)
 
 
 def compute(file: str, *settings: str) -> None:
@@ -28,7 +30,7 @@ def printed_by(name: str, folder: Path) -> str:
 
 
 def test_every_notebook_is_run() -> None:
-    assert {path.stem for path in ROOT.glob("notebooks/*.ipynb")} == {*OF_A_STORE, *OF_A_FOLDER}
+    assert {path.stem for path in ROOT.glob("notebooks/*.ipynb")} == {*OF_A_STORE, *OF_A_FOLDER, *ALONE}
 
 
 @pytest.fixture(scope="module", params=[("pntk", 150), ("ntk", 40)], ids=lambda param: param[0])
@@ -62,7 +64,15 @@ def test_the_notebook_of_kinds_and_dtypes_runs(tmp_path: Path, monkeypatch: pyte
     assert "computed in bfloat16, stored in float32, against float64" in printed
 
 
-@pytest.mark.parametrize("name", [*OF_A_STORE, *OF_A_FOLDER])
+def test_the_notebook_of_widths_runs_and_finds_what_it_says(tmp_path: Path) -> None:
+    printed = printed_by(*ALONE, tmp_path)
+    slopes = [float(slope) for slope in re.findall(r"slope (-?[\d.]+)", printed)]
+    assert len(slopes) == 5
+    assert all(-0.7 < slope < -0.3 for slope in slopes)  # of three draws a width
+    assert all(float(accuracy) > 95 for accuracy in re.findall(r"NN?[TG][KP]: ([\d.]+)% of", printed))
+
+
+@pytest.mark.parametrize("name", [*OF_A_STORE, *OF_A_FOLDER, *ALONE])
 def test_a_notebook_shows_what_it_was_run_with(name: str) -> None:
     """Numbers and pictures are kept, from a whole run in order."""
     notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)

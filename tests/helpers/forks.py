@@ -2,7 +2,9 @@
 
 import multiprocessing
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from small import compute
 
@@ -12,7 +14,7 @@ from ntkpipe.build.life import StoreSink
 FORKS = multiprocessing.get_context("forkserver")
 
 
-def slowly(path: Path, seconds: float, **changes) -> None:
+def slowly(path: Path, seconds: float, run: Callable[..., Any] = compute, **changes) -> None:
     """The run of a child process, slow enough to be killed in the middle."""
     write = StoreSink.write
 
@@ -21,4 +23,4 @@ def slowly(path: Path, seconds: float, **changes) -> None:
         time.sleep(seconds)
 
     StoreSink.write = write_and_wait
-    compute(path, **changes)
+    run(path, **changes)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ntkpipe.base.kinds import KINDS
+from ntkpipe.base.kinds import get_kind
 from ntkpipe.store.manifest import ArrayRecord, Choices, DataRecord, Manifest, ModelRecord
 
 # Arrays of a store with a test set, of one output and no groups.
@@ -37,9 +37,9 @@ def small_manifest(
     defaults: dict[str, Any] = {
         "format": 1,
         "kind": kind,
-        "convention": KINDS[kind].convention,
+        "convention": get_kind(kind).convention,
         "num_outputs": num_outputs,
-        "num_covectors": KINDS[kind].num_covectors(num_outputs),
+        "num_covectors": get_kind(kind).num_covectors(num_outputs),
         "tile": tile,
         "compute_dtype": "float64",
         "accumulate_dtype": "float64",

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ntkpipe import compute_kernel
+from ntkpipe import compute_infinite_kernel, compute_kernel
 from ntkpipe.build.life import StoreSink
+from ntkpipe.infinite import FullyConnected
 from ntkpipe.jacobian.engine import JacobianBlock
 from ntkpipe.jacobian.model.device import SIZES
 from ntkpipe.jacobian.representations.dense import Dense
@@ -52,6 +53,24 @@ def compute(path: Path, **changes: Any) -> KernelStore:
         **changes,
     }
     return compute_kernel(store=path, **options)
+
+
+NETWORK = FullyConnected(hidden=2, activation="erf", W_std=1.3, b_std=0.2)
+
+
+def compute_infinite(path: Path, **changes: Any) -> KernelStore:
+    """The same samples in the kernels of a network of infinite width: 50 tiles."""
+    options = {
+        "net": NETWORK,
+        "inputs": inputs(),
+        "targets": np.arange(18) % 3,
+        "test_inputs": inputs(7, seed=1),
+        "tile": 4,
+        "workers": 2,
+        "progress": False,
+        **changes,
+    }
+    return compute_infinite_kernel(store=path, **options)
 
 
 def chunks(path: Path) -> dict[str, bytes]:

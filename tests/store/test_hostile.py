@@ -23,6 +23,7 @@ from ntkpipe import compute_kernel, open_kernel
 from ntkpipe.app.cli import main
 from ntkpipe.base.errors import DataError, StoreError
 from ntkpipe.store.layout import MOST_CHUNKS, layouts
+from ntkpipe.store.manifest import SourceRecord
 from ntkpipe.store.media.medium import DOCUMENT_BYTES
 from ntkpipe.store.store import Store
 from ntkpipe.store.verification import verify_store
@@ -174,6 +175,37 @@ def test_dtypes_are_plain_numbers(tmp_path, make_manifest, dtype):
         path = forge(tmp_path, make_manifest().model_dump(mode="json"), change)
         with pytest.raises(StoreError, match="is damaged"):
             open_kernel(path)
+
+
+def nested(depth: int) -> list[object]:
+    found: list[object] = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+SOURCES: list[tuple[Change, str]] = [
+    (put("source", value=None), "bad values"),
+    (put("source", "name", value="eval"), "bad values in source.name"),
+    (put("source", "formulas", value=2), "bad values in source.formulas"),
+    (put("source", "network", value=["FullyConnected"]), "bad values in source.network"),
+    (put("source", "network", "layers", value=HUGE), "a number of 60 bits"),
+    (put("source", "network", "layers", value=nested(700)), "nested too deeply"),
+    (put("source", "network", "x\x1b[2J", value=1), "control characters"),
+    (put("source", "module", value="os"), "bad values in source.module"),
+    (put("model", value={"name": "Linear"}), "bad values"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), SOURCES)
+def test_a_formula_is_data_too(tmp_path, make_manifest, change, words):
+    source = SourceRecord(name="infinite", network={"layers": [{"layer": "Dense", "W_std": 1.5}]}, formulas=1)
+    fields = {"kind": "infinite_ntk", "model": None, "source": source, "groups": {"nngp": ()}}
+    manifest = make_manifest(**fields).model_dump(mode="json")
+    assert "model" not in manifest
+    assert open_kernel(forge(tmp_path, manifest)).manifest.source == source
+    with pytest.raises(StoreError, match=words):
+        open_kernel(forge(tmp_path, manifest, change))
 
 
 TEXTS = ["\x1b[2J\x1b]0;owned\x07", "\x9b31m", "\u202etxt.exe", "\x00", "\x7f", "\r", "\ud800"]

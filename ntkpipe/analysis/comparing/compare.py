@@ -95,10 +95,11 @@ def compare_kernels(
     """Compare kernel A with kernel B, the reference, on the same samples.
 
     Entries are compared exactly, in float64, by one pass over the tiles of both in step. Where one is a full NTK of
-    N·O rows and the other K has one row a sample, as a pNTK, the latter is ``K ⊗ I_O`` (Mohamadi, Bae, Sutherland 2023,
-    arXiv 2206.12543), of which only strips of a tile ever exist. Leading eigenpairs are found to a true residual of
-    1e-10; how the rest is found is in :mod:`ntkpipe.analysis.comparing.compare`, and ``method`` of the result says
-    which. Nothing below the storage floor is given as a ratio: ``smallest_eigenvalue_note`` says so instead.
+    N·O rows and the other K has one row a sample, as a pNTK or the limit of infinite width, the latter is ``K ⊗ I_O``
+    (Mohamadi, Bae, Sutherland 2023, arXiv 2206.12543), of which only strips of a tile ever exist; differences of full
+    NTKs are also split by outputs. Leading eigenpairs are found to a true residual of 1e-10; how the rest is found is
+    in :mod:`ntkpipe.analysis.comparing.compare`, and ``method`` of the result says which. Nothing below the storage
+    floor is given as a ratio: ``smallest_eigenvalue_note`` says so instead.
 
     Parameters
     ----------
@@ -154,6 +155,8 @@ def compare_kernels(
         raise ConfigError(f"{inputs[1].name} is zero, so nothing is relative to it; give it as a")
     for name in ("relative_difference", "scaled_difference"):
         measured[name] /= measured["frobenius_b"]
+    if (parts := measured.get("difference_by_outputs")) is not None:
+        measured["difference_by_outputs"] = tuple(part / measured["frobenius_b"] for part in parts)
     measured["largest_entry"] = None if measured["largest_entry"] is None else tuple(measured["largest_entry"])
     count = min(k, inputs[0].num_samples)
     found, ridges = [], []

@@ -155,6 +155,8 @@ class _Sums:
         self._rows = np.zeros((2, rows, width))
         # <A, A>, <B, B>, <A, B>, |A - B|², and with R = s A - B: |R|², <R, A>.
         self._inner = np.zeros(6)
+        # |A - B|² of blocks of equal outputs around their mean over outputs, and of that mean.
+        self._equal = np.zeros(2)
         self._near: float | None = None
         self._largest, self._at = -1.0, (0, 0)
         self._sizes = np.zeros(2)  # the largest entries of A and B
@@ -179,6 +181,10 @@ class _Sums:
         pairs = ((first, first), (second, second), (first, second), (gap, gap), (residual, residual), (residual, first))
         weight = 1.0 if strip.is_diagonal else 2.0
         self._inner += [weight * float(np.vdot(one, other)) for one, other in pairs]
+        if (width := self._width) > 1:
+            equal = np.einsum("ioko->iko", gap.reshape(-1, width, gap.shape[1] // width, width))
+            mean = equal.mean(axis=2)
+            self._equal += weight * np.array([np.sum((equal - mean[..., None]) ** 2), width * np.vdot(mean, mean)])
         self._find_largest(strip, gap)
 
     def _add_diagonal(self, strip: Strip) -> None:
@@ -214,6 +220,7 @@ class _Sums:
             "frobenius_a": math.sqrt(aa),
             "frobenius_b": math.sqrt(bb),
             "relative_difference": math.sqrt(gap),
+            "difference_by_outputs": self._by_outputs(gap),
             "scale": ab / aa if aa else None,
             "scaled_difference": math.sqrt(max(best, 0.0)),
             "alignment": _cosine(ab, aa, bb),
@@ -224,6 +231,13 @@ class _Sums:
             "diagonal_a": self._diagonals[0],
             "diagonal_b": self._diagonals[1],
         }
+
+    def _by_outputs(self, gap: float) -> tuple[float, float, float] | None:
+        """Parts of |A - B|, whose squares add up: between outputs, of equal ones around their mean, of that mean."""
+        around, mean = map(float, self._equal)
+        if self._width == 1:
+            return None
+        return math.sqrt(max(gap - around - mean, 0.0)), math.sqrt(around), math.sqrt(mean)
 
     def _centred_alignment(self, aa: float, bb: float, ab: float) -> float | None:
         count, width = self._num_samples, self._width

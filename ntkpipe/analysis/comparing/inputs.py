@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ntkpipe.analysis.comparing.entries import Entries, OperatorEntries, TileEntries
 from ntkpipe.base.config import Budget, check_number
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.kinds import INFINITE
 from ntkpipe.base.operator import Operator
 from ntkpipe.operators.opening import as_operator, matrix_of, open_for_solver
 from ntkpipe.operators.tiles import tiles_of
@@ -121,14 +122,15 @@ def require_comparable(a: KernelInput, b: KernelInput) -> int:
     """Rows a sample that both are compared in: that of a full NTK, O, if one of them is."""
     if a.manifest is not None and b.manifest is not None:
         differing = _data_differences("train", a.manifest.train, b.manifest.train)
-        if a.width != b.width or a.width > 1:
+        # Those of infinite width stand for any number of outputs.
+        if max(a.width, b.width) > 1 and INFINITE.name not in {a.kind, b.kind}:
             one, other = a.manifest.num_outputs, b.manifest.num_outputs
             differing += [("num_outputs", one, other)] if one != other else []
         if differing:
             shown = "; ".join(f"{field} is {one} in a and {other} in b" for field, one, other in differing)
             raise ConfigError(
                 f"{a.name} and {b.name} are not kernels of the same samples: {shown}. Needed two kernels of the same "
-                "inputs in the same order"
+                "inputs in the same order, shape and dtype"
             )
     if a.num_samples != b.num_samples or (a.width != b.width and 1 not in {a.width, b.width}):
         raise ConfigError(

@@ -31,6 +31,9 @@ class Comparison(OfTargets):
     frobenius_a: float  # frobenius_a, frobenius_b: Frobenius norms
     frobenius_b: float
     relative_difference: float  # `|A - B|_F / |B|_F`
+    # Of full NTKs its parts, whose squares add up: blocks of different outputs, blocks of equal outputs around their
+    # mean over outputs, and that mean. Of networks against their limit all three fall like 1/√width.
+    difference_by_outputs: tuple[float, float, float] | None = None
     scale: float | None  # c that makes `|c A - B|_F` smallest; none if A is zero
     scaled_difference: float  # `|c A - B|_F / |B|_F`
     alignment: float | None  # `<A, B>_F / (|A|_F |B|_F)`; none if A is zero
@@ -119,8 +122,12 @@ class Comparison(OfTargets):
         rows = [("a", self.a), ("b, the reference", self.b), ("rows", size)]
         if self.differs is not None:
             rows.append(("manifests differ in", ", ".join(self.differs) or "nothing"))
+        rows.append(("‖A − B‖ / ‖B‖", f"{self.relative_difference:.6g} (Frobenius)"))
+        if self.difference_by_outputs is not None:
+            between, around, mean = (f"{part:.4g}" for part in self.difference_by_outputs)
+            words = f"{between} between outputs, {around} of single ones around their mean, {mean} of that mean"
+            rows.append(("by outputs", words))
         rows += [
-            ("‖A − B‖ / ‖B‖", f"{self.relative_difference:.6g} (Frobenius)"),
             ("after the best scale", scaled),
             ("alignment", f"{_number(self.alignment)}, centred {_number(self.centred_alignment)}"),
             ("largest entry", f"{largest}{left_out}"),

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.blas import Pool
 from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge, check_number
 from ntkpipe.base.errors import IndefiniteError, NonFiniteError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import num_cores
-from ntkpipe.operators.blas import Pool
 from ntkpipe.solvers.direct.factor import CholeskyFactor
 from ntkpipe.solvers.direct.panels import (
     FACTOR_ARRAY,

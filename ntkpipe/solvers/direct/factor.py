@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ntkpipe.base.arrays import FloatArray, column_scales, runs, scaled_back
+from ntkpipe.base.blas import Pool
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator
 from ntkpipe.base.resources import format_bytes
 from ntkpipe.base.tables import TableRows
-from ntkpipe.operators.blas import Pool
 from ntkpipe.solvers.blocks import as_block
 from ntkpipe.solvers.direct.panels import Panels
 from ntkpipe.solvers.direct.triangular import Triangle

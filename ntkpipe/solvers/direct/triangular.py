@@ -6,7 +6,7 @@ All of it uses NumPy's BLAS: SciPy brings another one, with threads of its own.
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.operators.blas import Pool
+from ntkpipe.base.blas import Pool
 
 _BASE = 128  # size of blocks that are factored by LAPACK and inverted; larger ones are split, and combined by products
 _SMALLEST = 32  # up to this size inverses are computed row by row

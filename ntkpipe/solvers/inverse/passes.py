@@ -6,9 +6,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray, runs
+from ntkpipe.base.blas import single_threaded_blas
 from ntkpipe.base.config import Budget
 from ntkpipe.base.operator import Operator, Work
-from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.inverse.contract import INDEFINITE, UNKNOWN, Fit, Inverse, Question, Verdict, WithError
 from ntkpipe.solvers.linear.cg import RECURRENCES, Iterate, Iteration
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, default_rank, preconditioner_of

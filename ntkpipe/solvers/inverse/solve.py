@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ntkpipe.base.arrays import FloatArray, require_bounded
+from ntkpipe.base.blas import single_threaded_blas
 from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge, absolute_ridges, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, Work, digest_of
 from ntkpipe.base.targets import Task
-from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.blocks import as_block, as_targets
 from ntkpipe.solvers.checkpoint import Stages
 from ntkpipe.solvers.inverse.systems import Solution, SolutionPath, SolveMethod, SolveOptions, SystemCheckpoint, Systems

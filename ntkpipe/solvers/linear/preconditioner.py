@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
 from ntkpipe.base.arrays import FloatArray, runs
+from ntkpipe.base.blas import single_threaded_blas
 from ntkpipe.base.config import check_number, checked_ridge
 from ntkpipe.base.errors import ConfigError, NonFiniteError
 from ntkpipe.base.operator import Operator, Work
-from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.operators.opening import as_operator
 from ntkpipe.solvers.checkpoint import Stages, as_work
 from ntkpipe.solvers.probe_lanczos import lowest_eigenvalue

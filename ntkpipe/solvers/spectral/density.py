@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.blas import single_threaded_blas
 from ntkpipe.base.config import Budget, MemoryLimit, check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.operator import Operator, digest_of
 from ntkpipe.base.tables import TableRows
-from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.eigenpairs import Eigenpairs, pairs_of
 from ntkpipe.solvers.probe_lanczos import QuadratureRule, gauss_rule
 from ntkpipe.solvers.result import Monitor, Result, Status, ignore, recorded

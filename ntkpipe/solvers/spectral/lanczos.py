@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.blas import single_threaded_blas
 from ntkpipe.base.config import Budget, MemoryLimit, check_number
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.resources import format_bytes
-from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.checkpoint import Journal, as_work
 from ntkpipe.solvers.eigenpairs import Eigenpairs
 from ntkpipe.solvers.memory import bytes_of_eigsh, sizes_of_eigsh

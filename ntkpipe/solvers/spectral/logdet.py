@@ -8,11 +8,11 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.blas import single_threaded_blas
 from ntkpipe.base.config import Budget, MemoryLimit, RidgeScale, absolute_ridge
 from ntkpipe.base.errors import ConfigError, IndefiniteError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows
-from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.direct.cholesky import cholesky
 from ntkpipe.solvers.linear.preconditioner import Preconditioner, preconditioner_of
 from ntkpipe.solvers.probe_lanczos import gauss_rule, lowest_eigenvalue, radau_rule, rounded_up

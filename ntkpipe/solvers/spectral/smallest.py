@@ -8,11 +8,11 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.blas import single_threaded_blas
 from ntkpipe.base.config import Budget, MemoryLimit, check_number
 from ntkpipe.base.errors import ConfigError, IndefiniteError
 from ntkpipe.base.operator import Operator, Work
 from ntkpipe.base.tables import TableRows
-from ntkpipe.operators.blas import single_threaded_blas
 from ntkpipe.solvers.checkpoint import Get, Journal, Pieces, Stages, as_work
 from ntkpipe.solvers.direct.cholesky import bytes_of_cholesky, cholesky
 from ntkpipe.solvers.eigenpairs import Eigenpairs

@@ -132,8 +132,8 @@ def _attributes(manifest: Manifest, group: str | None, output: int | None) -> di
     same = ("kind", "convention", "compute_dtype", "accumulate_dtype", "store_dtype")
     return {
         **{name: getattr(manifest, name) for name in same},
-        "model": manifest.model.name,
-        "num_parameters": manifest.model.num_parameters,
+        "model": manifest.maker if manifest.model is None else manifest.model.name,
+        **({} if manifest.model is None else {"num_parameters": manifest.model.num_parameters}),
         "manifest_digest": manifest.digest(),
         **{name: value for name, value in picked.items() if value is not None},
     }

@@ -48,6 +48,14 @@ def sines(a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:
     return np.linalg.svd(v - u @ (u.T @ v), compute_uv=False)[::-1]
 
 
+def parts_by_outputs(a: np.ndarray, b: np.ndarray, width: int) -> list[float]:
+    """Norms of A - B between outputs, of equal ones around their mean, and of that mean, over the norm of B."""
+    outputs = np.tile(np.arange(width), len(a) // width)
+    equal = (a - b) * (outputs[:, None] == outputs)
+    mean = np.kron(sum((a - b)[o::width, o::width] for o in range(width)) / width, np.eye(width))
+    return [float(np.linalg.norm(part) / np.linalg.norm(b)) for part in (a - b - equal, equal - mean, mean)]
+
+
 def assert_is_dense(found: Any, a: np.ndarray, b: np.ndarray, k: int, width: int = 1, rel: float = 1e-8) -> None:
     """Everything that is said of entries and spectra, from the whole matrices."""
     norm = np.linalg.norm(b)
@@ -70,6 +78,9 @@ def assert_is_dense(found: Any, a: np.ndarray, b: np.ndarray, k: int, width: int
         "condition_number_ratio": (of_a[0] / of_a[-1]) / (of_b[0] / of_b[-1]),
     }
     assert {name: getattr(found, name) for name in expected} == pytest.approx(expected, rel=rel)
+    assert found.difference_by_outputs == (
+        None if width == 1 else pytest.approx(parts_by_outputs(a, b, width), rel=rel)
+    )
     row, column = found.largest_entry
     assert row <= column
     assert relative[row, column] == pytest.approx(relative.max(), rel=1e-12)
@@ -167,6 +178,31 @@ def test_a_pntk_beside_a_full_ntk_is_its_kronecker_product(
         determinant = np.linalg.slogdet(dense[name] + ridge * np.eye(len(targets)))[1]
         assert getattr(found, f"log_determinant_{side}") == pytest.approx(determinant, rel=1e-9)
         assert getattr(found, f"ridge_{side}") == pytest.approx(ridge, rel=1e-12)
+
+
+@pytest.mark.parametrize("targets", [None, np.arange(12) % 2], ids=["none", "two classes"])
+def test_a_finite_network_beside_its_limit_differs_less_as_it_widens(tmp_path: Path, targets: Any) -> None:
+    """Θ ⊗ I_O whatever number of outputs its store knows, and all parts of the difference fall like 1/√width."""
+    net = ntkpipe.infinite.FullyConnected(2, "relu", W_std=2**0.5, b_std=0.3)
+    x = np.random.default_rng(2).standard_normal((12, 8))
+    options = {"targets": targets, "test_inputs": x[:4] + 0.3, "progress": False}
+    limit = ntkpipe.compute_infinite_kernel(net, x, store=tmp_path / "limit.zarr", **options)
+    found = []
+    for width in (64, 1024):
+        model = ntkpipe.parametrised.matching(net, width, n_in=8, n_out=OUTPUTS, dtype=torch.float64)
+        options |= {"kind": "ntk", "compute_dtype": "float64", "store": tmp_path / f"{width}.zarr"}
+        store = ntkpipe.compute_kernel(model, x, **options)
+        found.append(compare_kernels(store, limit, targets=np.eye(OUTPUTS)[np.arange(12) % OUTPUTS], k=2, ridge=0.1))
+    wide = found[-1]
+    assert_is_dense(wide, store.train.to_numpy(), np.kron(limit.train.to_numpy(), np.eye(OUTPUTS)), 6, OUTPUTS)
+    assert (wide.outer, wide.kinds) == ("b", ("ntk", limit.manifest.kind))
+    # A quarter, give or take a factor of two for a single draw.
+    parts = [(one.relative_difference, *one.difference_by_outputs, one.prediction_difference) for one in found]
+    assert (np.divide(*parts[::-1]) < 0.5).all()
+    assert np.sum(np.square(wide.difference_by_outputs)) == pytest.approx(wide.relative_difference**2, rel=1e-12)
+    assert "between outputs" in str(wide)
+    with pytest.raises(ConfigError, match=r"inputs_digest.*same order, shape and dtype"):
+        compare_kernels(store, ntkpipe.compute_infinite_kernel(net, x[::-1], store=tmp_path / "o.zarr", progress=False))
 
 
 def test_full_ntks_are_centred_output_by_output(networks: dict[str, ntkpipe.KernelStore]) -> None:

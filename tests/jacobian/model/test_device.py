@@ -170,15 +170,15 @@ def test_nothing_of_a_failed_attempt_is_alive_when_the_next_begins(monkeypatch):
     [*(("chosen", failure) for failure in FAILURES), *((way, FAILURES[0]) for way in engines.WAYS)],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_memory_that_runs_out_in_a_contraction_halves_the_pieces(monkeypatch, failure, way):
+def test_memory_that_runs_out_in_a_contraction_halves_the_pieces(failure, way):
     held = engines.forced(engines.engine_of(mlp(), X, EYE))
     engine = held.get(way, held["chosen"])
     block, _ = engine.block(lambda start, stop: X[start:stop], 0, 13, subtile=8, batch=8)
     other, _ = engine.block(lambda start, stop: X[start:stop] + 1, 0, 5, subtile=8, batch=8)
 
-    def fill(right, width, is_mirrored):
+    def fill(right, width, is_mirrored, contract=contract_planes):
         tile = torch.full((39, 3 * width), torch.nan, dtype=torch.float64)
-        filler = Gram(3, "all", pause=lambda: None)
+        filler = Gram(3, "all", pause=lambda: None, contract=contract)
         filler.fill(block, right, [tile], 0, 0, mirror=is_mirrored)
         return tile, filler.most
 
@@ -190,22 +190,22 @@ def test_memory_that_runs_out_in_a_contraction_halves_the_pieces(monkeypatch, fa
             raise failure
         contract_planes(one, two, *args, **changes)
 
-    monkeypatch.setattr(build, "contract_planes", limited)
-    halved = [fill(block, 13, True), fill(other, 5, False)]
+    halved = [fill(block, 13, True, limited), fill(other, 5, False, limited)]
     assert [most for _, most in halved] == [2, 2]
     for (tile, _), (wanted, _) in zip(halved, whole, strict=True):
         torch.testing.assert_close(tile, wanted, rtol=1e-12, atol=1e-12)
     assert torch.equal(halved[0][0], halved[0][0].T)
 
 
-def test_a_contraction_of_single_samples_that_does_not_fit_is_an_error(monkeypatch):
+def test_a_contraction_of_single_samples_that_does_not_fit_is_an_error():
     def failing(*args, **options):
         raise MemoryError
 
     block, _ = engines.engine_of(mlp(), X, EYE).block(lambda start, stop: X[start:stop], 0, 5, subtile=8, batch=8)
-    monkeypatch.setattr(build, "contract_planes", failing)
     with pytest.raises(MemoryError):
-        Gram(3, "all", pause=lambda: None).fill(block, block, [torch.empty(15, 15)], 0, 0, mirror=True)
+        Gram(3, "all", pause=lambda: None, contract=failing).fill(
+            block, block, [torch.empty(15, 15)], 0, 0, mirror=True
+        )
 
 
 def limit_batches(monkeypatch, most):

@@ -5,7 +5,7 @@ import pytest
 from matrices import matrix_with_spectrum, power_law
 from scipy.linalg import solve_triangular
 
-from ntkpipe.operators.blas import Pool
+from ntkpipe.base.blas import Pool
 from ntkpipe.solvers.direct.triangular import (
     NotPositiveError,
     Triangle,

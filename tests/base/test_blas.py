@@ -3,8 +3,8 @@ import time
 import numpy as np
 import pytest
 
-from ntkpipe.operators import blas
-from ntkpipe.operators.blas import Pool, single_threaded_blas
+from ntkpipe.base import blas
+from ntkpipe.base.blas import Pool, single_threaded_blas
 
 
 def test_blas_has_one_thread_until_the_last_pass_is_over():
