@@ -21,7 +21,7 @@ from ntkpipe.base.config import RunSpec
 from ntkpipe.base.errors import Interrupted
 from ntkpipe.base.grid import Span
 from ntkpipe.base.resources import free_disk, local_disk_room
-from ntkpipe.build import from_model, life, plan, scratch, workers
+from ntkpipe.build import from_samples, life, plan, scratch, workers
 from ntkpipe.build.plan import BlockTask, Plan, make_plan
 from ntkpipe.build.records import BuildRecord
 from ntkpipe.build.scratch import Scratch
@@ -312,8 +312,8 @@ def granted(monkeypatch) -> list[Plan]:
     monkeypatch.setattr(workers, "local_disk_room", lambda folder: ROOM)
     inspect = workers.inspect_workers
     monkeypatch.setattr(workers, "inspect_workers", lambda *arguments: replace(inspect(*arguments), scratch_bytes=ROOM))
-    seen, make = [], from_model.make_plan
-    monkeypatch.setattr(from_model, "make_plan", lambda *a, **k: seen.append(make(*a, **k)) or seen[-1])
+    seen, make = [], from_samples.make_plan
+    monkeypatch.setattr(from_samples, "make_plan", lambda *a, **k: seen.append(make(*a, **k)) or seen[-1])
     return seen
 
 
