@@ -117,7 +117,7 @@ def test_it_prints_and_takes_degrees_by_name() -> None:
         ((relu(1, None), 3, 5, np.nan), "radius=nan"),
         (("relu", 3, 5), "needed a network of ntkpipe.infinite"),
         ((Convolutional(1, "relu"), 3, 5), "needed images"),
-        ((FullyConnected(50, "relu", W_std=1e4), 3, 5), "layer 78 of 101"),
+        ((FullyConnected(50, "relu", W_std=1e4), 3, 5), "layer 7[89] of 101"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, words) -> None:
