@@ -2,11 +2,11 @@
 
 python benchmarks/infinite.py [--rows 20000] [--repeats 5]
 
-`bare` multiplies the inputs in bands of 256 rows, and then takes for each entry and hidden layer one square root and one
-angle by NumPy, `sqrt` and `arccos`, on strips of 64 KiB: it makes no kernel. `half` does so for the upper half alone, as
-ours does, which then writes both halves of both kernels, 32 bytes an entry of the upper half. All run on as many
-threads; seconds are of the CPU, interleaved, medians. neural-tangents is timed beside them where it is installed (it needs jax 0.4, which has no wheels for this
-project's numpy, so it is not in its extras).
+`bare` multiplies the inputs in bands of 256 rows, and then takes for each entry and hidden layer one square root and
+one angle by NumPy, `sqrt` and `arccos`, on strips of 64 KiB: it makes no kernel. `half` does so for the upper half
+alone, as ours does, which then writes both halves of both kernels, 32 bytes an entry of the upper half. All run on as
+many threads; seconds are of the CPU, interleaved, medians. neural-tangents is timed beside them where it is installed:
+it needs jax 0.4, which has no wheels for this project's numpy, so it is in none of the extras.
 """
 
 import argparse
