@@ -77,4 +77,5 @@ def fill(
                 through(layers, state, kept, right.kept)
                 found[0, run], found[1, run] = state.s, state.theta
             if mirror is not None:
-                mirror[:, across, at] = found.swapaxes(1, 2)
+                for plane, upper in zip(mirror, found, strict=True):
+                    plane[across, at].T[...] = upper

@@ -278,8 +278,8 @@ class FullyConnected(Settled, Network):
     def layers(self) -> tuple[Layer, ...]:
         """The layers, in order."""
         count, act = self.hidden + 1, self.activation
-        weights: Any = self.W_std if isinstance(self.W_std, tuple) else (self.W_std,) * count
-        biases: Any = self.b_std if isinstance(self.b_std, tuple) else (self.b_std,) * count
+        given: tuple[Any, Any] = (self.W_std, self.b_std)
+        weights, biases = ([*each] if isinstance(each, tuple) else [each] * count for each in given)
         last = range(self.hidden if self.trained == "last" else 0, count)
         trained: Collection[int] = last if isinstance(self.trained, str) else self.trained
         act = act if isinstance(act, Activation) else Activation(act)

@@ -35,7 +35,8 @@ class Rectifier(Dual):
     def apply(self, state: State, left: Kept, right: Kept, gain: float) -> None:
         """V = √(pq) (sin φ + (π − φ) cos φ) / 2π, V̇ = (π − φ) / 2π."""
         s, theta = state.s, state.theta
-        minus, value, angle = state.scratch(3)
+        minus, angle = state.scratch(2)
+        value = self._room(state)
         np.multiply(*state.spread(left[1], right[2]), out=minus)  # −cos φ, so that its angle is π − φ
         minus *= s
         minus.clip(-1.0, 1.0, out=minus)
@@ -48,14 +49,16 @@ class Rectifier(Dual):
         value -= minus
         np.multiply(*state.spread(left[0], right[0]), out=minus)
         angle *= gain * self.share
+        value *= minus
         if self.slope:
-            value *= minus
             s *= gain * self.slope
             s += value
             angle += gain * self.slope
-        else:
-            np.multiply(value, minus, out=s)
         theta *= angle
+
+    def _room(self, state: State) -> FloatArray:
+        """Where V comes: in place of Σ if that is no part of it, since less memory stays in cache."""
+        return state.scratch(3)[2] if self.slope else state.s
 
     def slow(self, s: float, p: float, q: float) -> tuple[float, float]:
         """The same by the angle of two numbers."""
