@@ -28,7 +28,7 @@ from ntkpipe.jacobian.representations.pieces import contract
 from ntkpipe.jacobian.representations.sums import Workspace
 
 _NUM_SAMPLES = 3
-_MAX_COVECTORS = 4
+_MAX_COVECTORS = 2
 _MIN_BATCH, _MAX_BATCH = 8, 32  # where the run's is not smaller still
 # Memory for the Jacobians of the chosen samples; even a single random covector covers every output.
 _SHARE_OF_MEMORY, _JACOBIAN_BYTES = 0.5, 256 * 2**20
