@@ -61,9 +61,11 @@ def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
     # Each sample is run beside a copy of itself: in torch 2.13 on the CPU the backward of batch_norm and instance_norm
     # is wrong for a batch of one where input and gradient differ in memory layout.
     parameters = [model.parameters[name] for name in names]
-    found = _zeros(parameters, batch, covectors)
+    found = _room(parameters, batch, covectors)
     for sample in range(batch_size(batch)):
         outputs = model(take(batch, (sample, sample)))[0]
+        if not outputs.requires_grad:
+            found[:, sample] = 0
         for number, covector in enumerate(covectors if outputs.requires_grad else ()):
             keep = number + 1 < len(covectors)
             grads = autograd_vjp(outputs, covector, parameters, retain_graph=keep, materialize_grads=True)
@@ -74,7 +76,7 @@ def by_loop(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covect
 def by_vjp(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covectors: Tensor) -> Tensor:
     """The same by ``torch.func.vjp``, one sample at a time, by which the loop is judged."""
     parameters = {name: model.parameters[name].detach() for name in names}
-    found = _zeros(parameters.values(), batch, covectors)
+    found = _room(parameters.values(), batch, covectors)
     for sample in range(batch_size(batch)):
         single = take(batch, [sample])
         outputs, vjp = torch.func.vjp(lambda values, single=single: model.call_with(values, single), parameters)[:2]
@@ -85,8 +87,8 @@ def by_vjp(model: FunctionalModel, names: tuple[str, ...], batch: Batch, covecto
     return found
 
 
-def _zeros(parameters: Iterable[Tensor], batch: Batch, covectors: Tensor) -> Tensor:
-    return covectors.new_zeros((len(covectors), batch_size(batch), sum(value.numel() for value in parameters)))
+def _room(parameters: Iterable[Tensor], batch: Batch, covectors: Tensor) -> Tensor:
+    return covectors.new_empty((len(covectors), batch_size(batch), sum(value.numel() for value in parameters)))
 
 
 def _copy(grads: Sequence[Tensor], row: Tensor) -> None:
