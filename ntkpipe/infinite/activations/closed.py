@@ -55,7 +55,8 @@ class Rectifier(Dual):
 
     def slow(self, s: float, p: float, q: float) -> tuple[float, float]:
         """The same by the angle of two numbers; that of a zero is π/2, as :meth:`keep` has it."""
-        height = math.sqrt(max(p * q - s * s, 0.0))
+        square = p * q - s * s
+        height = math.sqrt(square) if square > (RAISED**2 - 1.0) * p * q else 0.0
         angle = math.pi - (math.atan2(height, s) if min(p, q) > TINY else math.pi / 2.0)
         return self.slope * s + self.share * (height + angle * s), self.slope + self.share * angle
 

@@ -168,7 +168,8 @@ class Series(Dual):
         """By quadrature."""
         scale = math.sqrt(p) * math.sqrt(q) if min(p, q) > TINY else 0.0
         steps = [self._rule(each)[3] for each in (p, q)]
-        value, slope = self.in_plane(p, q, min(max(s / scale, -1.0), 1.0) if scale else 0.0, min(steps) / 2)
+        cosine = s / scale * (RAISED if self.kinks else 1.0) if scale else 0.0
+        value, slope = self.in_plane(p, q, min(max(cosine, -1.0), 1.0), min(steps) / 2)
         return value, slope
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ntkpipe.base.arrays import runs
+from ntkpipe.infinite.activations.dual import TINY
 from ntkpipe.infinite.activations.rules import REACH, cut, panels, trapezoid
 
 Function: TypeAlias = Callable[[Any], Any]
@@ -32,7 +33,7 @@ def kinked(functions: Sequence[Function], kinks: Sequence[float], p: float, q: f
     """By panels between kinks: of v given u, and of u, where the former changes fast, too."""
     rest = math.sqrt((1.0 - c) * (1.0 + c))
     at = np.array(kinks)
-    own, others = at / math.sqrt(p), at / math.sqrt(q)
+    own, others = (at / math.sqrt(max(each, TINY)) for each in (p, q))
     # The mean over v given u changes where c u passes a kink, over the standard deviation of v given u.
     centres = others / c if abs(c) > 0.1 else np.zeros(0)
     steps = (centres[:, None] + rest * _LADDER).reshape(-1)

@@ -110,6 +110,12 @@ def test_derivatives_that_jump_know_multiples_of_a_sample():
     dual.apply(state, kept, kept, GAIN)
     np.testing.assert_allclose(state.s, -kept[3], rtol=1e-13)
     np.testing.assert_allclose(state.theta, kept[6], rtol=1e-13)
+    for name in ("abs", "hardtanh"):  # by the other path, which certificates take
+        dual = dual_of(name, (), 1e-13, None)
+        for one in p:
+            same, other = (dual.slow(sign * one * 3.0, one, one * 9.0 * (1.0 + EPS)) for sign in (1.0, -1.0))
+            np.testing.assert_allclose(np.abs(same), np.abs(other), rtol=1e-12)
+    assert np.isfinite(dual_of("elu", (), 1e-13, None).slow(0.0, 0.0, 1.0)).all()
 
 
 @pytest.mark.parametrize(
