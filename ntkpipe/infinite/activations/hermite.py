@@ -78,13 +78,10 @@ class Series(Dual):
         """Nodes, weights, weights times polynomials, and the coarsest step for the plane; the finest that is needed."""
         for halvings in range(_HALVINGS + 1):
             step = _STEP / 2**halvings
-            if self.kinks:
-                gaps = self._gaps(p, step)
-                if gaps[0] > _AGREES:
-                    continue
+            gaps = self._gaps(p, step)
+            if gaps[0] <= _AGREES and self.kinks:
                 nodes, weights = self._panels(p, step)
                 return nodes, weights, rules.hermite(nodes, TERMS) * weights, step
-            gaps = self._gaps(p, step)
             if gaps[0] <= _AGREES:
                 coarse = step * 2 ** (next((at for at, gap in enumerate(gaps) if gap > _SETTLED), len(gaps)))
                 return *rules.trapezoid(step), _weighted(step), coarse
