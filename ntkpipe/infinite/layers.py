@@ -7,11 +7,12 @@ from typing import Any, Literal
 import numpy as np
 
 from ntkpipe.base.arguments import check_options, options_of
+from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.given import as_real
 from ntkpipe.infinite.activations.catalogue import Given, dual_of
 from ntkpipe.infinite.activations.dual import Dual
-from ntkpipe.infinite.activations.hermite import Series
+from ntkpipe.infinite.activations.hermite import LEAST_TOLERANCE, Series
 from ntkpipe.infinite.state import Kept, State
 
 Parametrisation = Literal["ntk", "standard"]
@@ -101,6 +102,8 @@ class Dense(Layer):
         state.multiply(self.gain)
         s, theta, bias = state.s, state.theta, (self.b_std or 0.0) ** 2
         if self.trained and self.parametrisation == "standard":
+            if not state.fan_in:
+                raise ConfigError("the standard parametrisation needs width= of the layer before")
             (own,) = state.scratch(1)
             np.multiply(s, state.fan_in / self.gain, out=own)
             if self.b_std is not None:
@@ -128,9 +131,9 @@ class Activation(Layer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.tolerance:
-            raise ConfigError("Activation(): tolerance=0; needed a positive number, since a series ends somewhere")
-        object.__setattr__(self, "kinks", tuple(as_real("kinks", self.kinks).tolist()))
+        check_number("Activation(): tolerance", self.tolerance, low=LEAST_TOLERANCE)
+        kinks = np.unique(as_real("kinks", self.kinks)).tolist()
+        object.__setattr__(self, "kinks", tuple(check_number("a kink", each, low=-1e100, high=1e100) for each in kinks))
         object.__setattr__(self, "dual", dual_of(self.function, self.kinks, self.tolerance, self.name))
 
     def keep(self, state: State) -> Kept:
@@ -246,7 +249,9 @@ def said(sizes: tuple[int, ...]) -> str:
 
 
 def require_layers(given: Sequence[Any], where: str) -> None:
-    """Refuse what is no layer."""
+    """Refuse what is no layer, and no layers."""
+    if not isinstance(given, Sequence) or not given:
+        raise ConfigError(f"{where}: {given!r}; needed at least one layer, such as [Dense()]")
     for number, each in enumerate(given):
         if not isinstance(each, Layer):
             needed = "layers, such as Dense() or Activation('relu')"

@@ -69,8 +69,8 @@ class Network(ABC):
         self._sizes((values.shape[-1], *values.shape[1:-1]))
         layers, scale, kept, nngp, ntk = self.layers, self.scale(values.shape[-1]), [], [], []
         for run in runs(len(values), images.pairs_at_once(layers, values) if values.ndim > 2 else HEIGHT):
-            state = own_state(layers, values[run], scale)
-            with np.errstate(over="ignore", invalid="ignore"):
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                state = own_state(layers, values[run], scale)
                 kept.append(advanced(layers, state, partial(self._require_finite, state, run.start)))
             nngp.append(state.s)
             ntk.append(state.theta)
@@ -171,6 +171,15 @@ class Network(ABC):
                 )
 
 
+def as_network(value: object) -> Network:
+    """The network that is given; raises ConfigError for what is none."""
+    if not isinstance(value, Network):
+        raise ConfigError(
+            f"net is {type(value).__name__}; needed a network of ntkpipe.infinite, such as FullyConnected(hidden=3)"
+        )
+    return value
+
+
 def _joined(parts: list[Kept]) -> Kept:
     first = parts[0]
     return tuple(
@@ -193,8 +202,6 @@ class Sequential(Settled, Network):
         object.__setattr__(self, "steps", tuple(layers))
         object.__setattr__(self, "first_layer", first_layer)
         self.__post_init__()
-        if not self.steps:
-            raise ConfigError("Sequential() without layers; needed at least one")
 
     @property
     def layers(self) -> tuple[Layer, ...]:

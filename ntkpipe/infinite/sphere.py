@@ -11,7 +11,7 @@ from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.given import plain_value
 from ntkpipe.base.tables import as_table
-from ntkpipe.infinite.networks import Network
+from ntkpipe.infinite.networks import Network, as_network
 
 _NODES = 40  # of a panel
 _HALVINGS = 40  # of panels towards t = 1 and t = -1, where kernels have square roots
@@ -86,9 +86,7 @@ def sphere_spectrum(
         If the network is not one on vectors or leaves the range of float64, or a number is out of range: d and k go up
         to 10,000.
     """
-    if not isinstance(net, Network):
-        raise ConfigError(f"net={net!r}; needed a network of ntkpipe.infinite")
-    given = plain_value(degrees)
+    net, given = as_network(net), plain_value(degrees)
     wanted = tuple(given if isinstance(given, list | tuple) else range(_count("degrees", given)))
     for degree in wanted:
         _count("a degree", degree)

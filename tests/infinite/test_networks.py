@@ -198,6 +198,8 @@ def test_equal_options_make_equal_networks():
         ({"activation": "rleu"}, "did you mean 'relu'"),
         ({"activation": "relu:0.1"}, "leaky_relu:0.1"),
         ({"activation": "leaky_relu:x"}, "leaky_relu:0.1"),
+        ({"activation": "leaky_relu:1e300"}, "leaky_relu:0.1"),
+        ({"activation": "ReLU"}, "did you mean 'relu'"),
         ({"activation": np.tanh}, r"functions \(f, df\)"),
         ({"hidden": 0}, "hidden=0"),
         ({"hidden": 2, "W_std": (1.0, 1.0)}, "2 of W_std; needed 3"),
@@ -218,6 +220,29 @@ def test_equal_options_make_equal_networks():
 def test_options_that_are_wrong_are_refused(options, words):
     with pytest.raises(ConfigError, match=words):
         FullyConnected(**options)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Activation("tanh", kinks=(1.0,)), "whose kinks are known"),
+        (lambda: Activation((np.abs, np.sign), kinks=(np.nan,)), "a kink=nan"),
+        (lambda: Activation("tanh", tolerance=1e-20), "from 1e-14"),
+        (lambda: Sequential(Dense()), "at least one layer"),
+        (lambda: Sequential([Dense(), Residual()]), "at least one layer"),
+    ],
+)
+def test_layers_that_are_wrong_are_refused(make, words):
+    with pytest.raises(ConfigError, match=words):
+        make()
+
+
+def test_the_standard_parametrisation_needs_widths():
+    net = Sequential([Dense(), Activation("relu"), Dense(parametrisation="standard")])
+    with pytest.raises(ConfigError, match=r"layer 3 \(Dense\).*needs width="):
+        ntkpipe.infinite_kernel_matrix(net, np.ones((1, 2)))
+    with pytest.raises(ConfigError, match="needed a network"):
+        ntkpipe.infinite_kernel_matrix(Sequential, np.ones((1, 2)))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
+from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError, nearest
 from ntkpipe.infinite.activations import closed
 from ntkpipe.infinite.activations.dual import Dual
@@ -56,13 +57,16 @@ def dual_of(given: Given, kinks: Sequence[float], tolerance: float, name: str | 
     known, _, parameter = given.partition(":")
     if known not in KNOWN:
         raise ConfigError(
-            f"unknown activation {given!r}{nearest(known, KNOWN)} (known: {', '.join(KNOWN)}, or (f, df))"
+            f"unknown activation {given!r}{nearest(known.lower(), KNOWN)} (known: {', '.join(KNOWN)}, or (f, df))"
         )
+    if kinks:
+        raise ConfigError(f"kinks={kinks} of {given!r}, whose kinks are known; give them with functions (f, df)")
     if known in SERIES and not parameter:
         function, derivative, places = SERIES[known]
         return Series(known, function, derivative, places, tolerance)
     try:
-        return CLOSED[known](float(parameter)) if parameter else CLOSED[known]()
+        slope = [check_number(f"slope of {given!r}", float(parameter), low=-1e100, high=1e100)] if parameter else []
+        return CLOSED[known](*slope)
     except (KeyError, TypeError, ValueError):
         raise ConfigError(
             f"activation {given!r}; needed a name alone, or leaky_relu with its slope, 'leaky_relu:0.1'"

@@ -6,12 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
-from ntkpipe.infinite.activations.dual import Dual
+from ntkpipe.infinite.activations.dual import RAISED, TINY, Dual
 from ntkpipe.infinite.state import Kept, State
-
-# Rounding lowers the cosine of parallel samples by up to three units of 2⁻⁵³, and the angle of such a cosine is 10⁻⁸.
-# Cosines are raised by as much, and cut at one: a sample with itself, or a multiple of it, has the angle zero.
-_RAISED = 1.0 + 2.0**-51
 
 
 @dataclass(frozen=True)
@@ -27,9 +23,9 @@ class Rectifier(Dual):
         return (1.0 - self.slope) ** 2 / (2.0 * math.pi)
 
     def keep(self, p: FloatArray, gain: float) -> Kept:
-        """√p times the root of what V is multiplied with, and 1 / √p of both signs, zero where p is."""
+        """√p times the root of what V is multiplied with, and 1 / √p of both signs, zero where p counts as zero."""
         root = np.sqrt(p)
-        inverse = np.divide(math.sqrt(_RAISED), root, out=np.zeros_like(root), where=root > 0.0)
+        inverse = np.divide(math.sqrt(RAISED), root, out=np.zeros_like(root), where=p > TINY)
         return root * math.sqrt(gain * self.share), inverse, -inverse
 
     def apply(self, state: State, left: Kept, right: Kept, gain: float) -> None:
@@ -61,9 +57,10 @@ class Rectifier(Dual):
         return state.scratch(3)[2] if self.slope else state.s
 
     def slow(self, s: float, p: float, q: float) -> tuple[float, float]:
-        """The same by the angle of two numbers."""
-        height = math.sqrt(max(p * q - s * s, 0.0))
-        angle = math.pi - math.atan2(height, s)
+        """The same by the angle of two numbers; that of a zero is π/2, as :meth:`keep` has it."""
+        square = p * q - s * s
+        height = math.sqrt(square) if square > (RAISED**2 - 1.0) * p * q else 0.0
+        angle = math.pi - (math.atan2(height, s) if min(p, q) > TINY else math.pi / 2.0)
         return self.slope * s + self.share * (height + angle * s), self.slope + self.share * angle
 
 

@@ -6,6 +6,11 @@ from typing import ClassVar
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.infinite.state import Kept, State
 
+# Rounding lowers the cosine of parallel samples by up to three units of 2⁻⁵³, and the angle of such a cosine is 10⁻⁸.
+# Where a derivative jumps, cosines are raised by as much, and cut at one: multiples of a sample have the angle zero.
+RAISED = 1.0 + 2.0**-51
+TINY = 1e-300  # variances up to which samples count as zeros, since the product of two 1 / √p overflows below
+
 
 class Dual(ABC):
     """An activation σ by its dual V(s, p, q) = E[σ(u)σ(v)], (u, v) ~ N(0, [[p, s], [s, q]]), and V̇ of σ'."""

@@ -10,8 +10,9 @@ import numpy as np
 
 from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.errors import ConfigError
+from ntkpipe.base.given import as_real
 from ntkpipe.infinite.activations import plane, rules
-from ntkpipe.infinite.activations.dual import Dual
+from ntkpipe.infinite.activations.dual import RAISED, TINY, Dual
 from ntkpipe.infinite.state import Kept, State
 
 Function: TypeAlias = Callable[[Any], Any]
@@ -19,7 +20,7 @@ Function: TypeAlias = Callable[[Any], Any]
 TERMS = 128
 _STEP = 0.02  # of the trapezoidal rule; with kinks, panels are 22 times as wide
 _HALVINGS = 4
-_AGREES = 1e-14  # relative difference of a rule and the next finer one
+_AGREES = LEAST_TOLERANCE = 1e-14  # relative difference of a rule and the next finer one
 _STEIN = 1e-10
 _SETTLED = 2e-15  # of a rule that the plane may use
 # Of E σ² − Σ a², relative to E σ²: rounding of sums of 1,409 terms in pairs, and of 128 squares.
@@ -55,7 +56,8 @@ class Series(Dual):
 
     def _row(self, p: float) -> tuple[Any, ...]:
         nodes, weights, weighted, step = self._rule(p)
-        kept: list[Any] = [p, 1.0 / math.sqrt(p) if p > 0.0 else 0.0, step]
+        raised = math.sqrt(RAISED if self.kinks else 1.0)
+        kept: list[Any] = [p, raised / math.sqrt(p) if p > TINY else 0.0, step]
         for function in (self.function, self.derivative):
             values = self._values(function, math.sqrt(p) * nodes)
             coefficients = (weighted * values).sum(axis=1)
@@ -76,13 +78,10 @@ class Series(Dual):
         """Nodes, weights, weights times polynomials, and the coarsest step for the plane; the finest that is needed."""
         for halvings in range(_HALVINGS + 1):
             step = _STEP / 2**halvings
-            if self.kinks:
-                gaps = self._gaps(p, step)
-                if gaps[0] > _AGREES:
-                    continue
+            gaps = self._gaps(p, step)
+            if gaps[0] <= _AGREES and self.kinks:
                 nodes, weights = self._panels(p, step)
                 return nodes, weights, rules.hermite(nodes, TERMS) * weights, step
-            gaps = self._gaps(p, step)
             if gaps[0] <= _AGREES:
                 coarse = step * 2 ** (next((at for at, gap in enumerate(gaps) if gap > _SETTLED), len(gaps)))
                 return *rules.trapezoid(step), _weighted(step), coarse
@@ -118,7 +117,7 @@ class Series(Dual):
         return rules.panels(rules.cut(22 * step, cuts))
 
     def _values(self, function: Function, at: FloatArray) -> FloatArray:
-        values = np.asarray(function(at), np.float64)
+        values = as_real(f"activation {self.name!r}", function(at)).astype(np.float64)
         if values.shape != at.shape or not np.isfinite(values).all():
             raise ConfigError(
                 f"activation {self.name!r}, or its derivative, of an array {at.shape} gives {values.shape}, or numbers "
@@ -164,9 +163,10 @@ class Series(Dual):
 
     def slow(self, s: float, p: float, q: float) -> tuple[float, float]:
         """By quadrature."""
-        scale = math.sqrt(p) * math.sqrt(q)
+        scale = math.sqrt(p) * math.sqrt(q) if min(p, q) > TINY else 0.0
         steps = [self._rule(each)[3] for each in (p, q)]
-        value, slope = self.in_plane(p, q, min(max(s / scale, -1.0), 1.0) if scale else 0.0, min(steps) / 2)
+        cosine = s / scale * (RAISED if self.kinks else 1.0) if scale else 0.0
+        value, slope = self.in_plane(p, q, min(max(cosine, -1.0), 1.0), min(steps) / 2)
         return value, slope
 
 

@@ -92,7 +92,19 @@ def test_parallel_samples_have_the_angle_zero_or_pi(name):
 @pytest.mark.parametrize("name", ["relu", "abs", "erf", "gelu", "sin"])
 def test_a_row_of_zeros_makes_no_nan(name):
     dual, p = dual_of(name, (), 1e-13, None), np.array([0.0, 1.0])
-    value, slope = applied(dual, np.array([[0.0, 0.0], [0.0, 0.5]]), p, p)
+    s = np.array([[0.0, 0.0], [0.0, 0.5]])
+    value, slope = applied(dual, s, p, p)
     assert np.isfinite(value).all()
     assert np.isfinite(slope).all()
     assert (value[0] == 0.0).all()
+    by_other_path = np.array([[dual.slow(s[i, j], p[i], p[j]) for j in (0, 1)] for i in (0, 1)])
+    np.testing.assert_allclose(np.stack([value, slope], axis=-1), by_other_path, rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["relu", "tanh"])
+def test_variances_near_the_least_number_make_no_nan(name):
+    dual, p = dual_of(name, (), 1e-13, None), np.array([1e-320, 1e-305, 1.0])
+    with np.errstate(all="raise", under="ignore"):
+        value, slope = applied(dual, np.diag(p), p, p)
+    assert np.isfinite(value).all()
+    assert np.isfinite(slope).all()

@@ -103,6 +103,21 @@ def test_declared_kinks_are_integrated_around():
         assert abs(state.theta[0, 0] - slope) <= 1e-12
 
 
+def test_derivatives_that_jump_know_multiples_of_a_sample():
+    """E of the slopes' product of x and −x is that of x with itself, though √p √p is not p to the last bit."""
+    dual, p = dual_of("hardtanh", (), 1e-13, None), np.geomspace(0.1, 1000.0, 40)
+    state, kept = State(-p, np.ones(40), is_own=True, fan_in=1), dual.keep(p, GAIN)
+    dual.apply(state, kept, kept, GAIN)
+    np.testing.assert_allclose(state.s, -kept[3], rtol=1e-13)
+    np.testing.assert_allclose(state.theta, kept[6], rtol=1e-13)
+    for name in ("abs", "hardtanh"):  # by the other path, which certificates take
+        dual = dual_of(name, (), 1e-13, None)
+        for one in p:
+            same, other = (dual.slow(sign * one * 3.0, one, one * 9.0 * (1.0 + EPS)) for sign in (1.0, -1.0))
+            np.testing.assert_allclose(np.abs(same), np.abs(other), rtol=1e-12)
+    assert np.isfinite(dual_of("elu", (), 1e-13, None).slow(0.0, 0.0, 1.0)).all()
+
+
 @pytest.mark.parametrize(
     ("function", "derivative", "kinks", "words"),
     [
@@ -112,6 +127,7 @@ def test_declared_kinks_are_integrated_around():
         (np.sign, np.zeros_like, (0.0,), "jumps"),
         (lambda x: np.tanh(1e5 * x), lambda x: 1e5 / np.cosh(np.minimum(np.abs(1e5 * x), 300.0)) ** 2, (), "steep"),
         (np.sum, np.sum, (), "a finite number for each"),
+        (lambda x: x + 1j, np.ones_like, (), "real numbers"),
         (lambda x: 1.0 / x, lambda x: -1.0 / x**2, (0.5,), "a finite number for each|do not converge"),
     ],
 )
