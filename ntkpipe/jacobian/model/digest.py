@@ -31,7 +31,8 @@ _NO_CODE |= {"__abstractmethods__", "_abc_impl"}
 _OPAQUE = {"eval", "exec", "globals", "__import__", "import_module"}  # which lead to what no name shows
 _HOOKS = {name for name, held in vars(nn.Module()).items() if "_hooks" in name and isinstance(held, dict)}
 # Torch's own functions are digested without the globals that they name. What is no longer as it was, is.
-_FACES: list[Any] = [torch, F, Tensor, torch._C._nn, torch.linalg, torch.special, torch.fft]
+_CLASSES = {"Tensor": Tensor, "Module": nn.Module}  # to which others add methods
+_FACES: list[Any] = [*_CLASSES.values(), torch, F, torch._C._nn, torch.linalg, torch.special, torch.fft]
 _ORIGINALS = [dict(vars(face)) for face in _FACES]
 
 
@@ -39,7 +40,7 @@ def digest(values: Iterable[Any], free: Iterable[Tensor]) -> str:
     """The digest of values; of free tensors their content does not count."""
     free_ids, found, left, num_bytes = {id(each) for each in free}, hashlib.sha256(), [*values, *_patched()], 0
     seen: dict[int, tuple[int, Any]] = {}  # numbers by id, with the values, so that no id is used again
-    names, modules = dict[str, None](), dict[str, types.ModuleType]()  # any of these may be asked of any of those
+    names, modules = dict[str, None](), dict[str, Any](_CLASSES)  # any of these may be asked of any of those
     asked = set[tuple[str, str]]()
     while left or (left := _asked(names, modules, asked)):
         value, inside = left.pop(), list[Any]()
@@ -95,7 +96,7 @@ def _inside(value: Any) -> list[Any]:
         own = [
             (name, held)
             for base in value.__mro__
-            if base is not Tensor
+            if base not in _FACES
             for name, held in vars(base).items()
             if name not in _NO_CODE
         ]
@@ -156,7 +157,7 @@ def _is_bound(value: types.BuiltinFunctionType) -> bool:
 def _patched() -> list[Any]:
     """What torch's modules offer in another way than when this module was loaded."""
     both = zip(_FACES, _ORIGINALS, strict=True)
-    new = [(n, v) for face, before in both for n, v in vars(face).items() if before.get(n, before) is not v]
+    new = [(n, v) for face, before in both for n, v in vars(face).items() if before.get(n, v) is not v]
     return [each for each in new if each[0] != "manual_seed" and not isinstance(each[1], types.ModuleType)]
 
 
