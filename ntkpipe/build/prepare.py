@@ -18,7 +18,7 @@ from ntkpipe.base.kinds import INFINITE, MAX_PLANES, Kind, Plane, get_kind, matc
 from ntkpipe.base.paths import said
 from ntkpipe.base.resources import available_memory, num_cores, process_memory
 from ntkpipe.build.plan import Machine, Plan, Workload
-from ntkpipe.jacobian.cost import Cost
+from ntkpipe.jacobian.cost import Cost, make_meter
 from ntkpipe.jacobian.engine import DataDependentError, Engine
 from ntkpipe.jacobian.fallback import JacobianProducts, batch_size, take
 from ntkpipe.jacobian.learnt import key_of
@@ -246,13 +246,15 @@ def workload_of(prepared: Prepared, engine: Engine, grids: Mapping[str, Grid], n
 def _cost(prepared: Prepared, engine: Engine) -> Cost:
     """What a sample costs, measured once for each way in which the Jacobians of a model are found and held."""
     chosen, known = probe_samples(prepared.train.num_samples)[:_COST_BATCH], prepared.probed.learnt.costs
-    batch, key = prepared.load(chosen), (*engine.representations.items(), engine.setup.piece_rows)
+    batch, counts = prepared.load(chosen), list[float]()
+    with engine.model.turn:  # values are looked at each time: operations may depend on them
+        for size in (_COST_BATCH, _COST_BATCH // 2):
+            with make_meter() as meter:
+                engine.forward(take(batch, range(size)))
+            counts += meter.num_flops, meter.num_bytes, meter.largest_bytes
+    key = (*engine.representations.items(), engine.setup.piece_rows, *counts)
     if key not in known:
         known[key] = engine.cost(batch, chosen)
-    else:
-        with engine.model.turn:  # values are looked at each time: operations may depend on them
-            for size in (_COST_BATCH, _COST_BATCH // 2):
-                engine.forward(take(batch, range(size)))
     return known[key]
 
 

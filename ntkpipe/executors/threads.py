@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -78,7 +79,8 @@ class ThreadExecutor(Generic[Key, Record]):
             records.put([])
 
         threads = [
-            threading.Thread(target=work, name=f"ntkpipe-{number}", daemon=True) for number in range(self.num_workers)
+            threading.Thread(target=copy_context().run, args=(work,), name=f"ntkpipe-{number}", daemon=True)
+            for number in range(self.num_workers)
         ]
         try:
             for thread in threads:

@@ -229,6 +229,117 @@ def test_what_changes_a_model_makes_it_unknown(name, seen, patch):
     assert len(seen) == 2
 
 
+SETTINGS = types.ModuleType("settings")
+
+
+def in_closure(module):
+    return lambda m, x: m.b(torch.tanh(m.a(x)) * module.scale)
+
+
+def scaled_by(module, x):
+    return x * module.scale
+
+
+def set_settings(patch, value):
+    patch.setattr(SETTINGS, "scale", value, raising=False)
+
+
+def set_added(patch, value):
+    patch.setattr(nn.Module, "added", value, raising=False)
+
+
+class Meta(type):
+    pass
+
+
+class OfMeta(metaclass=Meta):
+    pass
+
+
+def attending(m, x):
+    tokens = m.a(x)[:, None, :]
+    return m.b(m.attention(tokens, tokens, tokens, need_weights=False)[0][:, 0])
+
+
+def set_silu(patch, value):
+    patch.setattr(F, "silu", lambda x, inplace=False: torch.sin(value * x))
+
+
+def set_conv(patch, value, forward=nn.Conv1d._conv_forward):
+    patch.setattr(nn.Conv1d, "_conv_forward", lambda self, x, weight, bias: value * forward(self, x, weight, bias))
+
+
+def set_attention(patch, value):
+    patch.setattr(F, "scaled_dot_product_attention", lambda query, key, values, *_: value * values)
+
+
+REACHED = {
+    "a module in a closure": (in_closure(SETTINGS), set_settings),
+    "a module that is handed on": (lambda m, x: m.b(scaled_by(SETTINGS, torch.tanh(m.a(x)))), set_settings),
+    "a name as text": (lambda m, x: m.b(torch.tanh(m.a(x)) * getattr(SETTINGS, "scale")), set_settings),  # noqa: B009
+    "what modules have": (lambda m, x: m.b(torch.tanh(m.a(x)) * m.added), set_added),
+    "what a class of classes has": (
+        lambda m, x: m.b(torch.tanh(m.a(x)) * OfMeta.scale),
+        lambda patch, value: patch.setattr(Meta, "scale", value, raising=False),
+    ),
+    "a function that torch calls": (lambda m, x: m.b(m.act(m.a(x))), set_silu),
+    "a function that functions of torch call": (attending, set_attention),
+    "a method of torch's own": (lambda m, x: m.b(m.conv(torch.tanh(m.a(x))[:, None])[:, 0]), set_conv),
+}
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_what_is_reached_in_any_way_makes_it_unknown(name, seen, patch):
+    function, change = REACHED[name]
+    for number, value in enumerate([1.5, 0.6, 1.5], 1):
+        change(patch, value)
+        own = {"act": nn.SiLU(), "conv": nn.Conv1d(1, 1, 1), "attention": nn.MultiheadAttention(6, 1, batch_first=True)}
+        require_exact(redraw(Custom(function, a=nn.Linear(4, 6), b=nn.Linear(6, 3), **own).double(), number))
+        assert len(seen) == min(number, 2)
+
+
+def test_values_of_dicts_and_kinds_of_hooks_make_it_unknown(seen):
+    def hook(module, inputs, *named):
+        return ((2 * inputs[0],), *named) if named else (3 * inputs[0],)
+
+    kinds = [torch.tanh, torch.sin]
+    for number in range(1, 5):
+        hooks = dict(zip(["act", "other"], kinds[:: 1 if number % 2 else -1], strict=True))
+        model = Custom(
+            lambda m, x: m.b(m.my_hooks["act"](m.a(x))), a=nn.Linear(4, 5), b=nn.Linear(5, 3), my_hooks=hooks
+        )
+        for each in range(2):
+            model.b.register_forward_pre_hook(hook, with_kwargs=each == number // 3)
+        require_exact(redraw(model.double(), number))
+        assert len(seen) == number
+
+
+def growing(m, x):
+    wide = torch.tanh(m.a(x))[..., None].expand(-1, -1, 9 if float(x.detach().abs().max()) < 5 else 9000)
+    return m.b(wide.clone().mean(2))
+
+
+def test_costs_are_of_the_same_operations(seen):
+    for number, inputs in enumerate([X, 100 * X, X, 100 * X]):
+        found = settled(redraw(Custom(growing, a=nn.Linear(4, 5), b=nn.Linear(5, 3)).double(), number), inputs)
+        assert (found.plan.workload.cost.workspace_bytes > 9000 * 5 * 8) == (number % 2 == 1)
+    assert len(seen) == 2
+
+
+def test_a_layout_that_other_values_do_not_suit_is_not_used_for_them(seen):
+    def viewing(m, x):
+        hidden = m.conv(x[:, :, None, None].expand(-1, -1, 6, 6))
+        pooled = hidden.view(len(x), 16, 16).sum(2) if float(m.gain) > 0 else hidden.sum((2, 3))
+        return m.b(torch.tanh(pooled))
+
+    for gain in (-1.0, 1.0):
+        parts = {"conv": nn.Conv2d(4, 16, 3), "b": nn.Linear(16, 3)}
+        model = redraw(Custom(viewing, gain=nn.Parameter(torch.zeros(()), requires_grad=False), **parts))
+        model.gain.data.fill_(gain)
+        found = compute(model, X.float(), compute_dtype="float32")
+        assert reference.error(found, reference.kernel(model, X.float())) < 1e-4
+
+
 def test_a_hook_that_is_replaced_or_removed_makes_it_unknown(seen):
     for number, factors in enumerate([[1.5], [2.5], [], [1.5, 2.5]], 1):
         model = net(number)

@@ -8,7 +8,6 @@ parameter, or a made tensor, together with samples is a *use*. Calls whose funct
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -205,7 +204,6 @@ def _collect(value: Any, found: list[Tensor]) -> None:
         found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-@cache
 def _body(func: Any) -> Callable[..., Any] | None:
     """A copy of a torch function written in Python, whose own calls can be watched; None for other functions."""
     # Such functions call ``has_torch_function`` first and hand themselves to the mode; in the copy it returns False.
