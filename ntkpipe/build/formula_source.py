@@ -27,7 +27,7 @@ from ntkpipe.build.prepare import Request
 from ntkpipe.build.strips import StripCache
 from ntkpipe.build.tiles import BuildJob, Sink
 from ntkpipe.build.workers import Resources, environment
-from ntkpipe.infinite.networks import Network
+from ntkpipe.infinite.networks import as_network
 from ntkpipe.jacobian.cost import Cost
 from ntkpipe.jacobian.model.device import SIZES
 from ntkpipe.jacobian.model.samples import Samples, Source, show_samples
@@ -284,15 +284,6 @@ class FormulaProducts(RowProducts):
         most = max(len(samples), int(_SLOW_SECONDS / (perf_counter() - start)))
         every = np.random.default_rng(3).permutation(len(samples) * count)
         return [divmod(int(n), count) for n in every[:most]]
-
-
-def as_network(value: object) -> Network:
-    """The network that is given; raises ConfigError for what is none."""
-    if not isinstance(value, Network):
-        raise ConfigError(
-            f"net is {type(value).__name__}; needed a network of ntkpipe.infinite, such as FullyConnected(hidden=3)"
-        )
-    return value
 
 
 def _num_outputs(train: Samples) -> int:

@@ -165,6 +165,8 @@ class Residual(Layer):
 
     def __init__(self, *inner: Layer) -> None:
         object.__setattr__(self, "inner", as_layers(inner, "Residual()"))
+        if not inner:
+            raise ConfigError("Residual() without layers; needed at least one")
 
     def advance(self, state: State) -> Kept:
         """See :meth:`Layer.advance`."""
@@ -262,7 +264,8 @@ def _as_layer(value: Any, where: str) -> Layer:
     require_known([value["layer"]], known, where, "layer")
     maker: Any = known[value["layer"]]
     require_known(options, parameters_of(maker), f"{where}: {maker.__name__}", "option")
-    return maker(*as_layers(options.pop("inner", ()), where), **options)
+    made: Layer = maker(*as_layers(options.pop("inner", ()), where), **options)
+    return made
 
 
 def _kinds(kind: type[Layer]) -> Iterator[type[Layer]]:

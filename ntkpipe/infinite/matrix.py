@@ -9,7 +9,7 @@ from ntkpipe.base.arrays import FloatArray
 from ntkpipe.base.blas import Pool
 from ntkpipe.base.config import Budget, MemoryLimit
 from ntkpipe.base.given import as_array
-from ntkpipe.infinite.networks import Network
+from ntkpipe.infinite.networks import Network, as_network
 
 
 @checked
@@ -68,6 +68,7 @@ def infinite_kernel_matrix(
     array([[3.    , 0.6857],
            [0.6857, 3.    ]])
     """
+    as_network(net)
     samples, others = as_array("x", x), None if other is None else as_array("other", other)
     if samples.ndim == 4:
         num_columns = (len(samples) + 1) / 2 if others is None else others.size // max(1, samples[0].size)

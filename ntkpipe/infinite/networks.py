@@ -171,6 +171,15 @@ class Network(ABC):
                 )
 
 
+def as_network(value: object) -> Network:
+    """The network that is given; raises ConfigError for what is none."""
+    if not isinstance(value, Network):
+        raise ConfigError(
+            f"net is {type(value).__name__}; needed a network of ntkpipe.infinite, such as FullyConnected(hidden=3)"
+        )
+    return value
+
+
 def _joined(parts: list[Kept]) -> Kept:
     first = parts[0]
     return tuple(

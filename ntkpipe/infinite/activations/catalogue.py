@@ -1,6 +1,7 @@
 """Activations by name, or as a pair of functions."""
 
 from collections.abc import Callable, Sequence
+from math import isfinite
 from typing import TypeAlias
 
 import numpy as np
@@ -62,8 +63,14 @@ def dual_of(given: Given, kinks: Sequence[float], tolerance: float, name: str | 
         function, derivative, places = SERIES[known]
         return Series(known, function, derivative, places, tolerance)
     try:
-        return CLOSED[known](float(parameter)) if parameter else CLOSED[known]()
+        return CLOSED[known](_finite(parameter)) if parameter else CLOSED[known]()
     except (KeyError, TypeError, ValueError):
         raise ConfigError(
             f"activation {given!r}; needed a name alone, or leaky_relu with its slope, 'leaky_relu:0.1'"
         ) from None
+
+
+def _finite(text: str) -> float:
+    if not isfinite(value := float(text)):
+        raise ValueError(text)
+    return value

@@ -118,7 +118,12 @@ class Series(Dual):
         return rules.panels(rules.cut(22 * step, cuts))
 
     def _values(self, function: Function, at: FloatArray) -> FloatArray:
-        values = np.asarray(function(at), np.float64)
+        try:
+            values = np.asarray(function(at), np.float64)
+        except Exception as error:
+            raise ConfigError(
+                f"activation {self.name!r} raised {type(error).__name__} for an array: {error}"
+            ) from error
         if values.shape != at.shape or not np.isfinite(values).all():
             raise ConfigError(
                 f"activation {self.name!r}, or its derivative, of an array {at.shape} gives {values.shape}, or numbers "
