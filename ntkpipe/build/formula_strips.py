@@ -21,7 +21,6 @@ from ntkpipe.infinite.state import Rows
 from ntkpipe.jacobian.cost import Cost
 
 _PIECE_FLOPS = 4e9  # of two pieces that meet, after which a worker looks whether the run is stopped
-_FIXED_BYTES = 64 * 2**20  # scratch of a worker
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,8 @@ class FormulaEngine:
     def cost(self) -> Cost:
         """Counted costs, but for the time of preparing a sample."""
         held = self.net.row_bytes(self.shape)
-        return Cost(held, 3 * held, _FIXED_BYTES, held, 0.0, self.net.operations(self.shape))
+        scratch = self.net.scratch_bytes(self.shape)
+        return Cost(held, 3 * held, scratch, held, 0.0, self.net.operations(self.shape))
 
     def block(
         self, load: Callable[[int, int], NDArray[Any]], start: int, stop: int, *, subtile: int, batch: int

@@ -35,6 +35,11 @@ def product(left: FloatArray, right: FloatArray, out: FloatArray | None = None) 
     return out
 
 
+def scratch_bytes(features: int) -> int:
+    """Bytes of padded samples, a block of products, and strips."""
+    return 8 * ((HEIGHT + WIDTH) * min(features, DEPTH) + HEIGHT * (WIDTH + SPAN) + 8 * STRIP)
+
+
 def _padded(rows: FloatArray, count: int) -> FloatArray:
     if len(rows) == count:
         return rows

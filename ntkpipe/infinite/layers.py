@@ -1,12 +1,12 @@
 """Layers of an infinitely wide network: what each does to covariances Σ and tangent kernels Θ."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
 
-from ntkpipe.base.arguments import check_options, options_of
+from ntkpipe.base.arguments import check_options, options_of, parameters_of, require_known
 from ntkpipe.base.config import check_number
 from ntkpipe.base.errors import ConfigError
 from ntkpipe.base.given import as_real
@@ -167,8 +167,9 @@ class Residual(Layer):
     inner: tuple[Layer, ...] = ()
 
     def __init__(self, *inner: Layer) -> None:
-        require_layers(inner, "Residual()")
-        object.__setattr__(self, "inner", inner)
+        object.__setattr__(self, "inner", as_layers(inner, "Residual()"))
+        if not inner:
+            raise ConfigError("Residual() without layers; needed at least one")
 
     def advance(self, state: State) -> Kept:
         """See :meth:`Layer.advance`."""
@@ -248,14 +249,34 @@ def said(sizes: tuple[int, ...]) -> str:
     return f"{sizes[0]} × {sizes[1]} pixels" if sizes else "features"
 
 
-def require_layers(given: Sequence[Any], where: str) -> None:
-    """Refuse what is no layer, and no layers."""
-    if not isinstance(given, Sequence) or not given:
-        raise ConfigError(f"{where}: {given!r}; needed at least one layer, such as [Dense()]")
-    for number, each in enumerate(given):
-        if not isinstance(each, Layer):
-            needed = "layers, such as Dense() or Activation('relu')"
-            raise ConfigError(f"{where}: part {number + 1} is {each!r}; needed {needed}")
+def as_layers(given: Sequence[Any], where: str) -> tuple[Layer, ...]:
+    """The layers, those made that are given by their options, as in workflow files; refuses what is none."""
+    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+        needed = "at least one layer, such as [Dense(), Activation('relu')]"
+        raise ConfigError(f"{where}: layers={given!r}; needed {needed}")
+    return tuple(_as_layer(each, f"{where}: part {number + 1}") for number, each in enumerate(given))
+
+
+def _as_layer(value: Any, where: str) -> Layer:
+    if isinstance(value, Layer):
+        return value
+    if not isinstance(value, Mapping) or not isinstance(value.get("layer"), str):
+        needed = "layers, such as Dense() or Activation('relu'), in a file {layer: Activation, function: relu}"
+        raise ConfigError(f"{where} is {value!r}; needed {needed}")
+    known = {each.__name__: each for each in _kinds(Layer)}
+    options: dict[str, Any] = {name: each for name, each in value.items() if name != "layer"}
+    require_known([value["layer"]], known, where, "layer")
+    maker: Any = known[value["layer"]]
+    require_known(options, parameters_of(maker), f"{where}: {maker.__name__}", "option")
+    inner = as_layers(options.pop("inner"), where) if "inner" in options else ()
+    made: Layer = maker(*inner, **options)
+    return made
+
+
+def _kinds(kind: type[Layer]) -> Iterator[type[Layer]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from _kinds(each)
 
 
 def through(layers: Sequence[Layer], state: State, left: Kept, right: Kept) -> None:

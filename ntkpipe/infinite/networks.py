@@ -17,8 +17,8 @@ from ntkpipe.base.given import as_real
 from ntkpipe.base.resources import format_seconds
 from ntkpipe.infinite import images
 from ntkpipe.infinite.activations.catalogue import Given
-from ntkpipe.infinite.evaluate import HEIGHT, fill, own_state
-from ntkpipe.infinite.layers import Activation, Dense, Layer, Parametrisation, Settled, advanced, require_layers
+from ntkpipe.infinite.evaluate import HEIGHT, fill, own_state, scratch_bytes
+from ntkpipe.infinite.layers import Activation, Dense, Layer, Parametrisation, Settled, advanced, as_layers
 from ntkpipe.infinite.slow import slow
 from ntkpipe.infinite.state import Kept, Rows, State, size_of
 
@@ -146,7 +146,7 @@ class Network(ABC):
 
     def scratch_bytes(self, shape: Sequence[int]) -> int:
         """Bytes of what a thread computes with beside rows and tiles, about."""
-        return images.scratch_bytes(self.layers, shape) if len(shape) > 1 else 12 * 2**20
+        return images.scratch_bytes(self.layers, shape) if len(shape) > 1 else scratch_bytes(shape[0])
 
     def _entered(self, samples: object) -> FloatArray:
         """Inputs in float64, pixels before channels."""
@@ -198,8 +198,7 @@ class Sequential(Settled, Network):
     first_layer: FirstLayer = "mean"
 
     def __init__(self, layers: Sequence[Layer], first_layer: FirstLayer = "mean") -> None:
-        require_layers(layers, "Sequential()")
-        object.__setattr__(self, "steps", tuple(layers))
+        object.__setattr__(self, "steps", as_layers(layers, "Sequential()"))
         object.__setattr__(self, "first_layer", first_layer)
         self.__post_init__()
 

@@ -35,6 +35,8 @@ def axis_of(size: int, window: int, stride: int, padding: Padding) -> Axis:
         before = max((outputs - 1) * stride + window - size, 0) // 2
     else:
         before = 0 if padding == "valid" else int(padding)
+        if before > size + window:
+            raise ConfigError(f"padding={padding} around {size} pixels; needed at most {size + window}")
         outputs = (size + 2 * before - window) // stride + 1
     if outputs < 1:
         raise ConfigError(f"a window of {window} does not fit {size} pixels with padding={padding!r}")

@@ -2,14 +2,15 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import ntkpipe
-from ntkpipe.base.errors import ConfigError, DataError
-from ntkpipe.infinite import Activation, Dense, FullyConnected, LayerNorm, Residual, Sequential
+from ntkpipe.base.errors import ConfigError, DataError, NtkpipeError
+from ntkpipe.infinite import Activation, Conv, Dense, Flatten, FullyConnected, LayerNorm, Residual, Sequential
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 INPUTS = np.load(REFERENCE / "inputs.npz")
@@ -294,3 +295,27 @@ def test_samples_of_integers_and_of_zeros_are_samples():
             found, ntkpipe.infinite_kernel_matrix(FullyConnected(2, "relu", 1.0, bias), x.astype(float))
         )
         assert (found[:, 0] == 0.0).all() == (bias is None)
+
+
+def test_layers_are_made_from_their_options_as_files_have_them() -> None:
+    inner = [{"layer": "Activation", "function": "relu"}, {"layer": "Dense"}]
+    made = Sequential([{"layer": "Dense", "W_std": 1.4}, {"layer": "Residual", "inner": inner}])
+    assert made == Sequential([Dense(1.4), Residual(Activation("relu"), Dense())])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Sequential([{"layer": "Dens"}]), "the nearest is 'Dense'"),
+        (lambda: Sequential([{"layer": "Dense", "inner": []}]), "has no option 'inner'"),
+        (lambda: Sequential(Dense()), "needed a list of layers"),
+        (lambda: Residual(), "needed at least one"),
+        (lambda: Activation("leaky_relu:inf"), "with its slope"),
+        (lambda: Sequential([Conv(padding=10**9), Flatten(), Dense()]).prepare(np.ones((1, 1, 4, 4))), "at most 7"),
+        (lambda: Sequential([Activation((lambda u: 1 / 0, np.cos), name="f")]).prepare(np.ones((1, 2))), "Zero"),
+        (lambda: ntkpipe.infinite_kernel_matrix(object(), np.ones((1, 2))), "net is object"),
+    ],
+)
+def test_wrong_layers_are_refused(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(NtkpipeError, match=words):
+        make()

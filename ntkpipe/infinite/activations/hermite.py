@@ -117,7 +117,13 @@ class Series(Dual):
         return rules.panels(rules.cut(22 * step, cuts))
 
     def _values(self, function: Function, at: FloatArray) -> FloatArray:
-        values = as_real(f"activation {self.name!r}", function(at)).astype(np.float64)
+        try:
+            found = function(at)
+        except Exception as error:
+            raise ConfigError(
+                f"activation {self.name!r} raised {type(error).__name__} for an array: {error}"
+            ) from error
+        values = as_real(f"activation {self.name!r}", found).astype(np.float64)
         if values.shape != at.shape or not np.isfinite(values).all():
             raise ConfigError(
                 f"activation {self.name!r}, or its derivative, of an array {at.shape} gives {values.shape}, or numbers "
