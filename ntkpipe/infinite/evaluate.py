@@ -1,5 +1,6 @@
-"""Tiles of a network's kernels: products of inputs of one fixed shape, then layers on strips that stay in cache."""
+"""Tiles of a network's kernels: products of inputs, then layers on strips that stay in cache."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,41 +10,44 @@ from ntkpipe.infinite import images
 from ntkpipe.infinite.layers import Layer, through
 from ntkpipe.infinite.state import Rows, Spare, State, sliced
 
-# BLAS sums entries of products of one shape by one thread in one order, wherever they lie and whichever factor is the
-# left one; other shapes and numbers of threads take other ways, whose last bits differ.
-HEIGHT, WIDTH, DEPTH = 256, 512, 4096
-SPAN = 4096  # columns of a strip, since loops that broadcast begin anew at each row
-STRIP = 32768  # entries of Σ in a strip: 256 KiB, for which calls of NumPy take a twentieth of the time
+# BLAS sums entries of products in one order, wherever they lie and whichever factor is the left one, by one thread, and
+# with as many features at a time; but small products, of up to a million operations in OpenBLAS, take other ways.
+HEIGHT, DEPTH = 256, 4096
+_EDGE = 64  # of what this divides, or HEIGHT where there are fewer than 256 features, are numbers of rows and columns
+SPAN = 4096  # columns that are taken through layers after their product, 8 MiB of each kernel
+_TURNED = 64  # columns that become rows at a time, in cache
+STRIP = 65536  # entries of Σ in a strip: 512 KiB, for which calls of NumPy take a twentieth of the time
 
 
 def product(left: FloatArray, right: FloatArray, out: FloatArray | None = None) -> FloatArray:
     """``left @ right.T``, each entry with bits that depend on its two rows alone; needs a single thread of BLAS."""
     if out is None:
         out = np.empty((len(left), len(right)))
-    spare = np.empty((HEIGHT, WIDTH))
-    for columns in runs(len(right), WIDTH):
-        for depth in runs(left.shape[1], DEPTH):
-            second = _padded(right[columns, depth], WIDTH).T
-            for rows in runs(len(left), HEIGHT):
-                into = out[rows, columns]
-                is_whole = into.shape == spare.shape and not depth.start
-                part = np.matmul(_padded(left[rows, depth], HEIGHT), second, out=into if is_whole else spare)
-                if depth.start:
-                    into += part[: into.shape[0], : into.shape[1]]
-                elif not is_whole:
-                    into[...] = part[: into.shape[0], : into.shape[1]]
+    for rows, depth in itertools.product(runs(len(left), HEIGHT), runs(left.shape[1], DEPTH)):
+        edge = _EDGE if depth.stop - depth.start >= 256 else HEIGHT
+        first = _padded(left[rows, depth], edge)
+        whole = len(right) - len(right) % edge
+        for columns in (*runs(whole, SPAN), *([slice(whole, len(right))] if whole < len(right) else [])):
+            second, into = _padded(right[columns, depth], edge), out[rows, columns]
+            if np.may_share_memory(first, second):
+                first = first.copy()  # of a matrix and itself NumPy takes another product, half of it
+            if not depth.start and into.shape == (len(first), len(second)):
+                np.matmul(first, second.T, out=into)
+            else:
+                part = (first @ second.T)[: into.shape[0], : into.shape[1]]
+                np.copyto(into, part + into if depth.start else part)
     return out
 
 
 def scratch_bytes(features: int) -> int:
-    """Bytes of padded samples, a block of products, and strips."""
-    return 8 * ((HEIGHT + WIDTH) * min(features, DEPTH) + HEIGHT * (WIDTH + SPAN) + 8 * STRIP)
+    """Bytes of padded samples, a product, and strips."""
+    return 8 * ((HEIGHT + SPAN) * min(features, DEPTH) + HEIGHT * SPAN + 8 * STRIP)
 
 
-def _padded(rows: FloatArray, count: int) -> FloatArray:
-    if len(rows) == count:
+def _padded(rows: FloatArray, edge: int) -> FloatArray:
+    if not len(rows) % edge:
         return rows
-    found = np.zeros((count, rows.shape[1]))
+    found = np.zeros((-(-len(rows) // edge) * edge, rows.shape[1]))
     found[: len(rows)] = rows
     return found
 
@@ -52,7 +56,7 @@ def own_state(layers: Sequence[Layer], samples: FloatArray, scale: float) -> Sta
     """Σ of samples with themselves before the first layer, with the bits that pairs have."""
     if samples.ndim > 2:
         return images.start(samples, samples, images.pools_of(layers), scale)
-    s = np.concatenate([product(samples[run], samples[run]).diagonal() for run in runs(len(samples), HEIGHT)])
+    s = np.concatenate([product(samples[run], samples[run]).diagonal() for run in runs(len(samples), _EDGE)])
     s = s * (scale * layers[0].gain)
     return State(s, np.zeros_like(s), is_own=True, fan_in=samples.shape[-1], is_ahead=layers[0].gain != 1.0)
 
@@ -67,20 +71,19 @@ def fill(
             mirror[...] = into.swapaxes(1, 2)
         return
     factor, is_ahead, fan_in = scale * layers[0].gain, layers[0].gain != 1.0, rows.samples.shape[1]
-    spare, base, block = Spare(), Spare(), np.empty((min(len(rows), HEIGHT), min(len(columns), SPAN)))
-    for at in runs(len(rows), HEIGHT):
-        left = rows[at]
-        strips = [(run, sliced(left.kept, run)) for run in runs(len(left), STRIP // SPAN)]
-        for across in runs(len(columns), SPAN):
-            right, found = columns[across], into[:, at, across]
-            s = product(left.samples, right.samples, block[: len(left), : len(right)])
-            for run, kept in strips:
-                covariance, theta = base.arrays(2, s[run].shape)
-                state = State(covariance, theta, is_own=False, fan_in=fan_in, is_ahead=is_ahead, spare=spare)
-                np.multiply(s[run], factor, out=covariance)
+    spare = Spare()
+    with np.errstate():
+        np.setbufsize(512)  # NumPy copies what broadcasts to buffers where rows are shorter than they; until the end
+        for at, across in itertools.product(runs(len(rows), HEIGHT), runs(len(columns), SPAN)):
+            left, right, found = rows[at], columns[across], into[:, at, across]
+            product(left.samples, right.samples, found[0])
+            for run in runs(len(left), max(1, STRIP // len(right))):
+                s, theta = found[:, run]
+                s *= factor
                 theta.fill(0.0)
-                through(layers, state, kept, right.kept)
-                found[0, run], found[1, run] = state.s, state.theta
+                state = State(s, theta, is_own=False, fan_in=fan_in, is_ahead=is_ahead, spare=spare)
+                through(layers, state, sliced(left.kept, run), right.kept)
             if mirror is not None:
-                for plane, upper in zip(mirror, found, strict=True):
-                    plane[across, at].T[...] = upper
+                into_mirror = mirror[:, across, at]
+                for part in runs(len(right), _TURNED):
+                    into_mirror[:, part] = found[:, :, part].swapaxes(1, 2)

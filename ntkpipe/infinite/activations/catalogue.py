@@ -1,7 +1,6 @@
 """Activations by name, or as a pair of functions."""
 
 from collections.abc import Callable, Sequence
-from math import isfinite
 from typing import TypeAlias
 
 import numpy as np
@@ -72,9 +71,3 @@ def dual_of(given: Given, kinks: Sequence[float], tolerance: float, name: str | 
         raise ConfigError(
             f"activation {given!r}; needed a name alone, or leaky_relu with its slope, 'leaky_relu:0.1'"
         ) from None
-
-
-def _finite(text: str) -> float:
-    if not isfinite(value := float(text)):
-        raise ValueError(text)
-    return value
