@@ -308,7 +308,7 @@ def test_layers_are_made_from_their_options_as_files_have_them() -> None:
     [
         (lambda: Sequential([{"layer": "Dens"}]), "the nearest is 'Dense'"),
         (lambda: Sequential([{"layer": "Dense", "inner": []}]), "has no option 'inner'"),
-        (lambda: Sequential(Dense()), "needed a list of layers"),
+        (lambda: Sequential(Dense()), "needed at least one layer"),
         (lambda: Residual(), "needed at least one"),
         (lambda: Activation("leaky_relu:inf"), "with its slope"),
         (lambda: Sequential([Conv(padding=10**9), Flatten(), Dense()]).prepare(np.ones((1, 1, 4, 4))), "at most 7"),
