@@ -104,10 +104,6 @@ def _probed(
     with torch.enable_grad():
         with _added_to(problems):
             passes, expansions = record_passes(model, batches) if structured else ([], frozenset())
-        if (
-            structured and problems and known is not None
-        ):  # as a layout that does not suit the operations of other values
-            return _probed(given, load, num_samples, structured, lambda _: None)
         if problems:
             passes = [Pass(model.explained(each), []) for each in batches]
     outputs = [each.outputs for each in passes]

@@ -326,20 +326,6 @@ def test_costs_are_of_the_same_operations(seen):
     assert len(seen) == 2
 
 
-def test_a_layout_that_other_values_do_not_suit_is_not_used_for_them(seen):
-    def viewing(m, x):
-        hidden = m.conv(x[:, :, None, None].expand(-1, -1, 6, 6))
-        pooled = hidden.view(len(x), 16, 16).sum(2) if float(m.gain) > 0 else hidden.sum((2, 3))
-        return m.b(torch.tanh(pooled))
-
-    for gain in (-1.0, 1.0):
-        parts = {"conv": nn.Conv2d(4, 16, 3), "b": nn.Linear(16, 3)}
-        model = redraw(Custom(viewing, gain=nn.Parameter(torch.zeros(()), requires_grad=False), **parts))
-        model.gain.data.fill_(gain)
-        found = compute(model, X.float(), compute_dtype="float32")
-        assert reference.error(found, reference.kernel(model, X.float())) < 1e-4
-
-
 def test_a_hook_that_is_replaced_or_removed_makes_it_unknown(seen):
     for number, factors in enumerate([[1.5], [2.5], [], [1.5, 2.5]], 1):
         model = net(number)
