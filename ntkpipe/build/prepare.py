@@ -246,12 +246,10 @@ def workload_of(prepared: Prepared, engine: Engine, grids: Mapping[str, Grid], n
 def _cost(prepared: Prepared, engine: Engine) -> Cost:
     """What a sample costs, measured once for each way in which the Jacobians of a model are found and held."""
     chosen, known = probe_samples(prepared.train.num_samples)[:_COST_BATCH], prepared.probed.learnt.costs
-    batch, counts = prepared.load(chosen), list[float]()
-    with engine.model.turn:  # values are looked at each time: operations may depend on them
-        for size in (_COST_BATCH, _COST_BATCH // 2):
-            with make_meter() as meter:
-                engine.forward(take(batch, range(size)))
-            counts += meter.num_flops, meter.num_bytes, meter.largest_bytes
+    batch = prepared.load(chosen)
+    with engine.model.turn, make_meter() as meter:  # values are looked at each time: operations may depend on them
+        engine.forward(batch)
+    counts = meter.num_flops, meter.num_bytes, meter.largest_bytes
     key = (*engine.representations.items(), engine.setup.piece_rows, *counts)
     if key not in known:
         known[key] = engine.cost(batch, chosen)
