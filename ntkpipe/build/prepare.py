@@ -253,6 +253,9 @@ def _cost(prepared: Prepared, engine: Engine) -> Cost:
     key = (*engine.representations.items(), engine.setup.piece_rows, *counts)
     if key not in known:
         known[key] = engine.cost(batch, chosen)
+    else:
+        with engine.model.turn:
+            engine.forward(take(batch, range(_COST_BATCH // 2)))
     return known[key]
 
 
