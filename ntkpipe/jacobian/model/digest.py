@@ -24,8 +24,8 @@ from ntkpipe.jacobian.model.state import is_special
 _MAX_BYTES, _MAX_VALUES = 2**20, 50_000  # of tensors whose values are read, and of all else
 _ATOMS = {types.NoneType, types.NotImplementedType, types.EllipsisType, bool, int, float, complex, str, bytes, range}
 _ATOMS |= {torch.dtype, torch.device, torch.layout, torch.memory_format}
-_NAMED = types.MethodDescriptorType | types.WrapperDescriptorType | types.MemberDescriptorType
-_NAMED |= types.GetSetDescriptorType | types.ClassMethodDescriptorType | types.ModuleType | TypeVar
+_NAMED = {types.MethodDescriptorType, types.WrapperDescriptorType, types.MemberDescriptorType, TypeVar}
+_NAMED |= {types.GetSetDescriptorType, types.ClassMethodDescriptorType}
 _NO_CODE = {"__dict__", "__weakref__", "__doc__", "__annotations__", "__dataclass_fields__", "__dataclass_params__"}
 _NO_CODE |= {"__abstractmethods__", "_abc_impl"}
 _OPAQUE = {"eval", "exec", "globals", "__import__", "import_module"}  # which lead to what no name shows
@@ -44,8 +44,13 @@ def digest(values: Iterable[Any], free: Iterable[Tensor]) -> str:
     asked = set[tuple[str, str]]()
     while left or (left := _asked(names, modules, asked)):
         value, inside = left.pop(), list[Any]()
-        if type(value) in _ATOMS or isinstance(value, _NAMED):
-            label = f"{type(value)} {value!r}".encode()
+        kind = type(value)
+        if kind is str:  # most of all
+            text = value.encode()
+            found.update(b"%d:%b" % (len(text), text))
+            continue
+        if kind in _ATOMS or kind in _NAMED or isinstance(value, types.ModuleType) or _is_static(value):
+            label = f"{kind} {value!r}".encode()
             if isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] != "numpy":
                 modules[value.__name__] = value
         elif isinstance(value, types.CodeType):
@@ -55,7 +60,7 @@ def digest(values: Iterable[Any], free: Iterable[Tensor]) -> str:
             label = b"again %d" % seen[id(value)][0]
         else:
             seen[id(value)] = len(seen), value
-            label = f"{type(value)} {getattr(value, '__qualname__', '')}".encode()
+            label = f"{kind} {getattr(value, '__qualname__', '')}".encode()
             if isinstance(value, Tensor):
                 storage = value.untyped_storage()
                 inside = [*_facts(value), seen.setdefault(-storage._cdata, (len(seen), storage))[0]]
@@ -69,6 +74,11 @@ def digest(values: Iterable[Any], free: Iterable[Tensor]) -> str:
         if len(seen) + len(left) > _MAX_VALUES:
             _refuse("very many values")
     return found.hexdigest()
+
+
+def _is_static(value: object) -> bool:
+    """Whether it is a type of Python's own, which nobody can change."""
+    return isinstance(value, type) and not value.__flags__ & 1 << 9
 
 
 def _refuse(what: str) -> Any:
@@ -130,10 +140,12 @@ def _of_function(value: types.FunctionType) -> list[Any]:
     return [value.__code__, *bound, *named]
 
 
+@functools.lru_cache(4096)
 def _bytes(code: types.CodeType) -> bytes:
     return marshal.dumps(code, 2)  # later versions write references, which depend on other holders
 
 
+@functools.lru_cache(4096)
 def _names(code: types.CodeType) -> dict[str, None]:
     """Names of globals and attributes, also as strings, and those of functions inside."""
     if _OPAQUE & {*code.co_names} or opcode.opmap["IMPORT_NAME"] in code.co_code[::2]:
