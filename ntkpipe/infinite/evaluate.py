@@ -1,4 +1,4 @@
-"""Tiles of a network's kernels: products of inputs of one fixed shape, then layers on strips that stay in cache."""
+"""Tiles of a network's kernels: products of inputs, then layers on strips that stay in cache."""
 
 import itertools
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from ntkpipe.infinite.state import Rows, Spare, State, sliced
 HEIGHT, DEPTH = 256, 4096
 _EDGE = 64  # of what this divides, or HEIGHT where there are fewer than 256 features, are numbers of rows and columns
 SPAN = 4096  # columns that are taken through layers after their product, 8 MiB of each kernel
+_TURNED = 64  # columns that become rows at a time, in cache
 STRIP = 65536  # entries of Σ in a strip: 512 KiB, for which calls of NumPy take a twentieth of the time
 
 
@@ -78,4 +79,6 @@ def fill(
                 state = State(s, theta, is_own=False, fan_in=fan_in, is_ahead=is_ahead, spare=spare)
                 through(layers, state, sliced(left.kept, run), right.kept)
             if mirror is not None:
-                mirror[:, across, at] = found.swapaxes(1, 2)
+                into_mirror = mirror[:, across, at]
+                for part in runs(len(right), _TURNED):
+                    into_mirror[:, part] = found[:, :, part].swapaxes(1, 2)
