@@ -9,6 +9,7 @@ from ntkpipe.infinite import Activation, Dense, FullyConnected, LayerNorm, Resid
 from ntkpipe.infinite.evaluate import product
 
 RNG = np.random.default_rng(0)
+PAIRS = RNG.integers(300, size=(20, 2))
 NETS = {
     "relu": FullyConnected(3, "relu", 1.3, 0.1),
     "no bias": FullyConnected(2, "leaky_relu:0.2", 1.5),
@@ -50,7 +51,7 @@ def test_a_copy_of_a_sample_has_the_entries_of_the_sample():
     assert np.array_equal(found[:, 5, 2], found[:, 2, 2])
 
 
-@pytest.mark.parametrize("features", [1, 3, 784, 5000])
+@pytest.mark.parametrize("features", [1, 3, 20, 255, 256, 784, 4100, 5000])
 def test_products_do_not_depend_on_place_or_side(features):
     left, right = RNG.standard_normal((300, features)), RNG.standard_normal((700, features))
     with single_threaded_blas():
@@ -59,4 +60,7 @@ def test_products_do_not_depend_on_place_or_side(features):
         assert np.array_equal(product(left[17:40], right[3:611]), whole[17:40, 3:611])
         order = RNG.permutation(700)
         assert np.array_equal(product(left, right[order]), whole[:, order])
+        # One by one, in products of few rows; and of a matrix and itself, of which NumPy would take half.
+        assert all(np.array_equal(product(left[i : i + 1], right[j : j + 1])[0, 0], whole[i, j]) for i, j in PAIRS)
+        assert np.array_equal(product(left[:256], left[:256]), product(left, left.copy())[:256, :256])
     assert np.abs(whole - left @ right.T).max() <= features * 2.0**-52 * np.abs(left).max() * np.abs(right).max() * 2
