@@ -258,7 +258,7 @@ class FullyConnected(Settled, Network):
         b_std: float = 0.05,
         activation: Given | Activation = "erf",
     ) -> "FullyConnected":
-        """Those of Lee et al. 2019, with the numbers of their figures."""
+        """Those of Lee et al. 2019 in the NTK parametrisation, with erf."""
         return cls(hidden, activation, W_std, b_std)
 
     @classmethod
