@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from itertools import zip_longest
 from textwrap import shorten
 from typing import Annotated, Any, Literal
 
@@ -268,7 +269,7 @@ def _compare(prefix: str, left: object, right: object) -> list[tuple[str, object
     if isinstance(left, dict) and isinstance(right, dict):
         keys = {key: f"{prefix}.{key}" if prefix else key for key in [*left, *right]}
         return [item for key, name in keys.items() for item in _compare(name, left.get(key), right.get(key))]
-    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):  # of a network's options
-        pairs = enumerate(zip(left, right, strict=True))
+    if isinstance(left, list) and isinstance(right, list):  # of a network's options
+        pairs = enumerate(zip_longest(left, right))
         return [item for at, pair in pairs for item in _compare(f"{prefix}.{at}", *pair)]
     return [] if left == right else [(prefix, left, right)]
