@@ -7,7 +7,6 @@ fails where it cannot see into something, such as a generator of random numbers.
 import builtins
 import functools
 import hashlib
-import marshal
 import opcode
 import types
 import weakref
@@ -142,7 +141,10 @@ def _of_function(value: types.FunctionType) -> list[Any]:
 
 @functools.lru_cache(4096)
 def _bytes(code: types.CodeType) -> bytes:
-    return marshal.dumps(code, 2)  # later versions write references, which depend on other holders
+    consts = [_bytes(each) if isinstance(each, types.CodeType) else each for each in code.co_consts]
+    names = code.co_name, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
+    counts = code.co_flags, code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount
+    return repr((code.co_code, code.co_exceptiontable, names, counts, consts)).encode()
 
 
 @functools.lru_cache(4096)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from ntkpipe.base.config import RunSpec
 from ntkpipe.build import prepare
@@ -44,7 +45,8 @@ print(json.dumps({"faults": faults, "kept": kept, "left": process_memory() - sta
 
 
 def measured(num_bytes: int, **environment: str) -> dict:
-    settings = {**os.environ, **environment}
+    # Dask sets MALLOC_TRIM_THRESHOLD_ in a process that starts workers.
+    settings = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_"))} | environment
     command = [sys.executable, "-c", _SCRIPT, str(num_bytes)]
     done = subprocess.run(command, env=settings, capture_output=True, text=True, check=True, timeout=120)
     return json.loads(done.stdout)
@@ -72,4 +74,4 @@ def test_memory_is_returned_before_a_limit_is_applied(monkeypatch):
 
     monkeypatch.setattr(prepare, "return_freed_memory", stop)
     with pytest.raises(StopError):
-        prepare.this_machine(None, RunSpec(memory_limit=2**30))
+        prepare.this_machine(torch.device("cpu"), 1.0, RunSpec(memory_limit=2**30))
