@@ -40,8 +40,9 @@ def infinite_kernel_matrix(
     Returns
     -------
     Array (2, n, m) of float64: the NNGP Σ(x, x'), which is the covariance of an output over initialisations, then the
-    NTK Θ(x, x'). Those of several outputs are the same, and zero between outputs. Beside this array a thread
-    takes 12 MiB and up to 4,352 samples, copied where their number is no multiple of 64, and what layers keep of each sample: three numbers an activation in closed form, 262 in a series.
+    NTK Θ(x, x'). Those of several outputs are the same, and zero between outputs. Beside this array a thread takes
+    12 MiB and up to 4,352 samples, copied where their number is no multiple of 64; and there is what layers keep of
+    each sample: three numbers an activation in closed form, 262 in a series.
 
     Raises
     ------
